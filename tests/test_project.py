@@ -1,0 +1,343 @@
+"""What holds for the project as a whole: the order of the lessons, the notebooks, the package's surface, the files at the top.
+
+Most of it reads source text; only two tests import the package, in an interpreter of their own.
+"""
+import ast
+import configparser
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+import yaml
+
+import readme
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+NOT_LESSONS = {"__init__", "_modidx"}  # the package's front door, and nbdev's index of names
+MODULES = sorted(path for path in (ROOT / "gs2d").glob("*.py") if path.stem not in NOT_LESSONS)
+LAST_MODULE = "cli"
+
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+each_module = pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+
+
+# --- reading notebooks ----------------------------------------------------------------------------
+
+
+def cells(path: Path, kind: str = None) -> list:
+    return [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if kind in (None, cell["cell_type"])]
+
+
+def source(cell: dict) -> str:
+    return "".join(cell["source"])
+
+
+def outputs(path: Path) -> list:
+    "(id of the cell, output) of every output of a notebook."
+    return [(cell["id"], output) for cell in cells(path, "code") for output in cell["outputs"]]
+
+
+def exported_module(path: Path):
+    "The module that a notebook exports to, or None."
+    for cell in cells(path, "code"):
+        if found := re.search(r"^#\|\s*default_exp\s+(\S+)", source(cell), re.MULTILINE):
+            return found[1]
+    return None
+
+
+def modules_in_order() -> list:
+    "Names of the modules in the order of their lessons; the command line, which has no number, is last."
+    names = [name for path in NOTEBOOKS if (name := exported_module(path))]
+    return sorted(names, key=lambda name: name == LAST_MODULE)
+
+
+# --- the lessons and their modules ----------------------------------------------------------------
+
+
+def test_every_module_has_one_lesson():
+    assert sorted(modules_in_order()) == [path.stem for path in MODULES]
+
+
+def imported_from_gs2d(tree: ast.AST, module: str) -> list:
+    "(line, dotted name) of everything of gs2d that `gs2d/<module>.py` imports, wherever in the file."
+    package = f"gs2d.{module}".split(".")[:-1]
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            origin = ".".join(base + ([node.module] if node.module else []))
+            # `from gs2d import x` names a module or something that the front door re-exports.
+            found += [(node.lineno, f"{origin}.{alias.name}") for alias in node.names] if origin == "gs2d" else [(node.lineno, origin)]
+    return [(line, name) for line, name in found if name.split(".")[0] == "gs2d"]
+
+
+def wrong_imports(text: str, module: str, earlier: list) -> list:
+    allowed = {"gs2d.__version__", *(f"gs2d.{name}" for name in earlier)}
+    return [f"gs2d/{module}.py:{line} imports {name}" for line, name in imported_from_gs2d(ast.parse(text), module)
+            if name not in allowed]
+
+
+@each_module
+def test_module_imports_only_earlier_lessons(path):
+    order = modules_in_order()
+    earlier = order[: order.index(path.stem)]
+    assert wrong_imports(path.read_text(encoding="utf-8"), path.stem, earlier) == []
+
+
+@pytest.mark.parametrize("line", [
+    "from .train import train", "from gs2d.train import train", "import gs2d.train", "import gs2d", "from gs2d import train",
+    "from . import train", "def f():\n    from gs2d.train import train", "from . import Gaussians2D",
+])
+def test_an_import_of_a_later_lesson_is_found(line):
+    assert len(wrong_imports(line, "loss", earlier=["gaussians", "renderer"])) == 1
+
+
+@pytest.mark.parametrize("line", [
+    "from .gaussians import Gaussians2D", "from gs2d.renderer import render", "from . import __version__", "import torch",
+    'KERNELS = {"cpu": "gs2d.cpu_kernels"}',
+])
+def test_an_import_of_an_earlier_lesson_is_allowed(line):
+    assert wrong_imports(line, "loss", earlier=["gaussians", "renderer"]) == []
+
+
+@each_module
+def test_no_star_imports_no_patched_methods_no_nbdev(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [alias.name for alias in node.names]
+            origin = (node.module or "") if isinstance(node, ast.ImportFrom) else names[0]
+            assert "*" not in names, f"line {node.lineno}: import *"
+            assert origin.split(".")[0] not in ("nbdev", "fastcore", "execnb"), f"line {node.lineno}: imports {origin}"
+        for decorator in getattr(node, "decorator_list", []):
+            assert not ast.unparse(decorator).startswith("patch"), f"line {decorator.lineno}: @{ast.unparse(decorator)}"
+
+
+def undocumented(tree: ast.Module, public: set) -> list:
+    "Public functions and classes, and the public methods of those classes, that have no docstring."
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    missing = []
+    for node in tree.body:
+        if not isinstance(node, (*functions, ast.ClassDef)) or node.name not in public:
+            continue
+        members = [member for member in node.body if isinstance(member, functions) and not member.name.startswith("_")
+                   and not any(ast.unparse(decorator).endswith(".setter") for decorator in member.decorator_list)]
+        missing += [node.name] * (not ast.get_docstring(node))
+        if isinstance(node, ast.ClassDef):
+            missing += [f"{node.name}.{member.name}" for member in members if not ast.get_docstring(member)]
+    return missing
+
+
+@each_module
+def test_every_public_name_has_a_docstring(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree), "the module has none: its notebook needs `# Title` and `> one line` in the first cell"
+    (public,) = [ast.literal_eval(node.value) for node in tree.body
+                 if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"]
+    assert undocumented(tree, set(public)) == []
+
+
+def test_missing_docstrings_are_found():
+    text = 'class A:\n    "A."\n    def f(self): pass\n    def _g(self): pass\ndef h(): pass\ndef _i(): pass'
+    assert undocumented(ast.parse(text), {"A", "h"}) == ["A.f", "h"]
+
+
+# --- the package ----------------------------------------------------------------------------------
+
+HEAVY = ["nbdev", "fastcore", "ipywidgets", "cv2", "matplotlib.pyplot", "numba"]
+
+
+def imported_by(code: str) -> set:
+    "Which of HEAVY a fresh interpreter has imported after `code`."
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("COV")}
+    program = f"{code}\nimport json, sys\nprint(json.dumps([name for name in {HEAVY} if name in sys.modules]))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_importing_gs2d_is_light():
+    assert imported_by("import gs2d") == set()
+
+
+def test_importing_every_module_without_kernels_is_light():
+    modules = [path.stem for path in MODULES]
+    assert imported_by(
+        "import importlib\n"
+        "from gs2d.renderer import KERNELS\n"
+        f"for name in {modules}:\n"
+        "    if f'gs2d.{name}' not in KERNELS.values(): importlib.import_module(f'gs2d.{name}')"
+    ) == set()
+
+
+def settings() -> configparser.SectionProxy:
+    config = configparser.ConfigParser(delimiters=["="])
+    config.read(ROOT / "settings.ini", encoding="utf-8")
+    return config["DEFAULT"]
+
+
+def test_versions_agree():
+    text = (ROOT / "gs2d" / "__init__.py").read_text(encoding="utf-8")
+    assert re.findall(r'^__version__ = "(.*)"$', text, re.MULTILINE) == [settings()["version"]]
+
+
+def test_every_requirement_has_an_exact_version():
+    pinned = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    required = " ".join(settings()[key] for key in ("requirements", "dev_requirements", "video_requirements")).split()
+    assert {re.split(r"[<>=!~]", name)[0].lower() for name in required} - pinned == set()
+
+
+# --- the notebooks --------------------------------------------------------------------------------
+
+
+@each_notebook
+def test_notebook_is_small(path):
+    assert path.stat().st_size <= 300 * 1024
+
+
+@each_notebook
+def test_notebook_starts_with_a_title_and_one_line(path):
+    assert re.match(r"# \S.*\n+> \S", source(cells(path)[0]))
+
+
+@each_notebook
+def test_every_cell_has_its_own_id(path):
+    ids = [cell.get("id") for cell in cells(path)]
+    assert all(ids) and len(set(ids)) == len(ids)
+
+
+@each_notebook
+def test_notebook_stores_no_widgets_and_no_video(path):
+    assert "widgets" not in json.loads(path.read_text(encoding="utf-8"))["metadata"]
+    for cell_id, output in outputs(path):
+        for kind, value in output.get("data", {}).items():
+            assert "widget" not in kind, f"cell {cell_id}: a stored widget cannot be drawn without its kernel, store a still picture"
+            assert not kind.startswith("video/") and "data:video" not in "".join(value), f"cell {cell_id}: a video"
+
+
+@each_notebook
+def test_every_figure_has_alternative_text(path):
+    for cell in cells(path, "code"):
+        shown = [(kind, "".join(value)) for output in cell["outputs"] for kind, value in output.get("data", {}).items()]
+        if any(kind.startswith("image/") or "<img" in value for kind, value in shown):
+            assert re.search(r"""^#\|\s*fig-alt:\s*["']?\w""", source(cell), re.MULTILINE), f"cell {cell['id']}"
+    for cell in cells(path, "markdown"):
+        assert not re.search(r"!\[\s*\]\(", source(cell)), f"cell {cell['id']}: a picture without alternative text"
+
+
+@each_notebook
+def test_no_warnings_no_errors_in_outputs(path):
+    for cell_id, output in outputs(path):
+        assert output["output_type"] != "error" and output.get("name") != "stderr", f"cell {cell_id}: {output}"
+
+
+@each_notebook
+def test_no_paths_of_one_machine_in_outputs(path):
+    local = re.compile("|".join([r"/(?:home|root|Users|tmp)/", r"\b[A-Z]:\\", *map(re.escape, {str(ROOT), tempfile.gettempdir()})]))
+    for cell_id, output in outputs(path):
+        texts = [output.get("text", ""), *(value for kind, value in output.get("data", {}).items() if kind.startswith("text/"))]
+        for text in map("".join, texts):
+            assert not local.search(text), f"cell {cell_id}: {local.search(text)[0]}"
+
+
+@each_notebook
+def test_links_resolve(path):
+    for cell in cells(path, "markdown"):
+        for link in readme.LINK.finditer(source(cell)):
+            target = unquote(link["target"].partition("#")[0])
+            if readme.is_relative(link["target"]):
+                assert (path.parent / target).exists(), f"cell {cell['id']}: {link['target']}"
+
+
+# --- the README -----------------------------------------------------------------------------------
+
+
+def test_readme_is_the_index_notebook():
+    expected = readme.render(json.loads(readme.NOTEBOOK.read_text(encoding="utf-8")))
+    assert readme.README.read_text(encoding="utf-8") == expected, "write it with `make export`"
+
+
+def test_readme_rendering():
+    notebook = {"cells": [
+        {"cell_type": "markdown", "source": ["# Title\n", '![fit](images/fit.png) [next](00_a.ipynb#top) <img src="images/a.png">\n',
+                                             "[license](../LICENSE) [web](https://example.org/x) [here](#title)"]},
+        {"cell_type": "code", "source": ["#| hide\n", "secret()"], "outputs": []},
+        {"cell_type": "code", "source": ["#| eval: false\n", "1 + 1"],
+         "outputs": [{"output_type": "stream", "name": "stdout", "text": ["hello\n"]},
+                     {"output_type": "execute_result", "data": {"text/plain": ["2"]}}]},
+    ]}
+    assert readme.render(notebook) == (
+        '# Title\n![fit](nbs/images/fit.png) [next](nbs/00_a.ipynb#top) <img src="nbs/images/a.png">\n'
+        "[license](LICENSE) [web](https://example.org/x) [here](#title)\n\n"
+        "```python\n1 + 1\n```\n\n```text\nhello\n```\n\n```text\n2\n```\n"
+    )
+
+
+def test_readme_refuses_pictures_inside_the_notebook():
+    picture = {"output_type": "display_data", "data": {"image/png": "iVBORw0KGgo="}}
+    with pytest.raises(ValueError, match="nbs/images"):
+        readme.render({"cells": [{"cell_type": "code", "source": "show()", "outputs": [picture]}]})
+
+
+# --- the website, the workflows, the files at the top ---------------------------------------------
+
+
+def pages(contents: list) -> list:
+    "Every page of a Quarto sidebar, sections included."
+    found = []
+    for entry in contents:
+        if isinstance(entry, str):
+            found.append(entry)
+        else:
+            found += [entry["href"]] if "href" in entry else []
+            found += pages(entry.get("contents", []))
+    return found
+
+
+def test_sidebar_lists_every_notebook_once():
+    sidebar = yaml.safe_load((ROOT / "nbs" / "sidebar.yml").read_text())["website"]["sidebar"]["contents"]
+    assert sorted(pages(sidebar)) == [path.name for path in NOTEBOOKS]
+
+
+def test_navbar_links_to_pages():
+    config = yaml.safe_load((ROOT / "_quarto.yml").read_text())
+    for item in config["website"]["navbar"]["left"]:
+        assert (ROOT / "nbs" / item["href"]).exists(), item
+
+
+def test_quarto_settings_are_at_the_top():
+    assert (ROOT / "nbs" / "_quarto.yml").read_text() == "metadata-files: [../_quarto.yml, nbdev.yml, sidebar.yml]\n"
+    config = yaml.safe_load((ROOT / "_quarto.yml").read_text())
+    assert "metadata-files" not in config
+    assert config["project"] == {"type": "website", "output-dir": settings()["doc_path"]}
+    assert (ROOT / "nbs" / config["format"]["html"]["css"]).exists()
+
+
+def test_workflows_parse_and_cover_the_python_versions():
+    jobs = {path.name: yaml.safe_load(path.read_text())["jobs"] for path in (ROOT / ".github" / "workflows").glob("*.yml")}
+    assert sorted(jobs) == ["docs.yml", "test.yml"]
+    assert jobs["test.yml"]["test"]["strategy"]["matrix"]["python-version"] == ["3.10", "3.11", "3.12", "3.13"]
+
+
+def test_ci_runs_the_tests():
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK) and re.search(r"^make test$", script.read_text(), re.MULTILINE)
+
+
+def test_no_pyproject_and_one_license():
+    assert not (ROOT / "pyproject.toml").exists()
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in text and "END OF TERMS AND CONDITIONS" in text
+
+
+def test_contributing_begins_with_the_source():
+    title, first = (ROOT / "CONTRIBUTING.md").read_text().split("\n\n")[:2]
+    assert title.startswith("# ") and "notebooks" in first and "are the source" in first
