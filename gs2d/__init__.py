@@ -1,1 +1,17 @@
+"""Differentiable rendering with 2D Gaussians: a course in numbered notebooks, and the library they export."""
+
 __version__ = "0.1.0"
+
+# The function `gs2d.train.train` is not among these names: it would hide the module `gs2d.train`.
+from .densify import DensifyConfig
+from .fit import fit_image
+from .gaussians import Domain2D, Gaussians2D, draw_outlines
+from .ground_truth import GroundTruth
+from .init_levels import InitLevel, initialize_scene
+from .loss import L1SSIMLoss, psnr, ssim
+from .renderer import Blend, project, rasterize, render
+from .train import LRSchedule, TrainConfig, Trainer, TrainResult
+
+__all__ = [
+    "Blend", "DensifyConfig", "Domain2D", "Gaussians2D", "GroundTruth", "InitLevel", "L1SSIMLoss", "LRSchedule", "TrainConfig", "TrainResult",
+    "Trainer", "draw_outlines", "fit_image", "initialize_scene", "project", "psnr", "rasterize", "render", "ssim"]

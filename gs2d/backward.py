@@ -8,6 +8,9 @@ __all__ = ['gaussian_weights_backward', 'blend_additive_backward', 'blend_weight
            'render_backward', 'ssim_backward', 'l1_backward', 'l2_backward', 'loss_backward']
 
 # %% ../nbs/10_backward_by_hand.ipynb #export-imports
+# Conventions: `grad_x` is ∂L/∂x, of the shape of x. Every function takes the inputs of its forward twin and the gradient
+# of what that returned. No autograd is used; float32 and float64 both work. Pixels × Gaussians are visited one and all,
+# so this is slow: the compiled kernels are the fast form, and this is what they must agree with.
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -34,13 +37,14 @@ def gaussian_weights_backward(
     dx = points[:, None, 0] - means[:, 0]  # d = p - m
     dy = points[:, None, 1] - means[:, 1]
     a, b, c = conics.unbind(-1)
-    grad_power = -0.5 * gaussian_weights(means, conics, points) * grad_weights  # q̄ = -½ w w̄
+    grad_power = -0.5 * gaussian_weights(means, conics, points) * grad_weights  # ∂w/∂q = -w/2
     sum_x, sum_y = (grad_power * dx).sum(0), (grad_power * dy).sum(0)
-    grad_means = torch.stack([-2 * (a * sum_x + b * sum_y), -2 * (b * sum_x + c * sum_y)], -1)  # ∂q/∂m = -2 Σ⁻¹ d
+    grad_mx = -2 * (a * sum_x + b * sum_y)  # ∂q/∂mx = -2 (a dx + b dy)
+    grad_my = -2 * (b * sum_x + c * sum_y)  # ∂q/∂my = -2 (b dx + c dy)
     grad_a = (grad_power * dx * dx).sum(0)  # ∂q/∂a = dx²
     grad_b = 2 * (grad_power * dx * dy).sum(0)  # ∂q/∂b = 2 dx dy
     grad_c = (grad_power * dy * dy).sum(0)  # ∂q/∂c = dy²
-    return grad_means, torch.stack([grad_a, grad_b, grad_c], -1)
+    return torch.stack([grad_mx, grad_my], -1), torch.stack([grad_a, grad_b, grad_c], -1)
 
 # %% ../nbs/10_backward_by_hand.ipynb #blend-real
 def _blend_shapes(strengths: Tensor, colors: Tensor, grad_image: Tensor) -> None:
@@ -56,9 +60,9 @@ def blend_additive_backward(
 ) -> tuple[Tensor, Tensor]:  # ∂L/∂strengths (P, N) and ∂L/∂colors (N, C)
     "Backward of I = b + Σ sᵢcᵢ."
     _blend_shapes(strengths, colors, grad_image)
-    return grad_image @ colors.T, strengths.T @ grad_image  # s̄ᵢ = cᵢ·g and c̄ᵢ = Σₚ sᵢ g
+    return grad_image @ colors.T, strengths.T @ grad_image  # ∂I/∂sᵢ = cᵢ and ∂I/∂cᵢ = sᵢ
 
-
+# %% ../nbs/10_backward_by_hand.ipynb #blend-real-weighted
 def blend_weighted_backward(
     strengths: Tensor,  # (P, N) opacity × weight of every Gaussian at every pixel
     colors: Tensor,  # (N, C)
@@ -70,7 +74,7 @@ def blend_weighted_backward(
     total = strengths.sum(-1, keepdim=True) + WEIGHT_EPS  # D
     image = (strengths @ colors + WEIGHT_EPS * background) / total
     gain = grad_image @ colors.T - (grad_image * image).sum(-1, keepdim=True)  # (cᵢ - I)·g
-    return gain / total, (strengths / total).T @ grad_image  # s̄ᵢ = (cᵢ - I)·g / D and c̄ᵢ = Σₚ sᵢ/D g
+    return gain / total, (strengths / total).T @ grad_image  # ∂I/∂sᵢ = (cᵢ - I)/D and ∂I/∂cᵢ = sᵢ/D
 
 # %% ../nbs/10_backward_by_hand.ipynb #over-real
 def blend_over_backward(
@@ -79,18 +83,18 @@ def blend_over_backward(
     background: Tensor,  # (C,)
     grad_image: Tensor,  # (P, C) ∂L/∂I
 ) -> tuple[Tensor, Tensor]:  # ∂L/∂strengths (P, N) and ∂L/∂colors (N, C)
-    "Backward of I = Σ Tᵢαᵢcᵢ + T b with α = min(0.99, s): a layer's colour against what it hides (3DGS, app. C)."
+    "Backward of I = Σ Tᵢαᵢcᵢ + T b, α = min(0.99, s): a layer's colour against what it hides (3DGS, app. C)."
     _blend_shapes(strengths, colors, grad_image)
     alphas = strengths.clamp(max=MAX_ALPHA)
-    ones = torch.ones_like(strengths[:, :1]) if strengths.shape[1] else strengths.new_ones(len(strengths), 1)
-    through = torch.cat([ones, torch.cumprod(1 - alphas, -1)], -1)  # T₁ … T of the background
+    ones = strengths.new_ones(len(strengths), 1)
+    through = torch.cat([ones, torch.cumprod(1 - alphas, -1)], -1)  # T of every layer, then of the background
     front = through[:, :-1]
     gain = grad_image @ colors.T  # cᵢ·g
     light = torch.cat([front * alphas * gain, through[:, -1:] * (grad_image @ background)[:, None]], -1)
-    behind = light.flip(-1).cumsum(-1).flip(-1)[:, 1:]  # Σ over all j behind i, and the background
+    behind = light.flip(-1).cumsum(-1).flip(-1)[:, 1:]  # summed from the back: Tᵢ (1 - αᵢ) Hᵢ·g
     grad_alphas = front * gain - behind / (1 - alphas)  # Tᵢ (cᵢ - Hᵢ)·g
     grad_strengths = torch.where(strengths <= MAX_ALPHA, grad_alphas, 0.0)  # the cap
-    return grad_strengths, (front * alphas).T @ grad_image  # c̄ᵢ = Σₚ Tᵢαᵢ g
+    return grad_strengths, (front * alphas).T @ grad_image  # ∂I/∂cᵢ = Tᵢαᵢ
 
 # %% ../nbs/10_backward_by_hand.ipynb #raster-real
 _BLEND_BACKWARDS = {
@@ -100,7 +104,7 @@ _BLEND_BACKWARDS = {
 }
 _PAIRS_PER_PIECE = 2**19  # pixel–Gaussian pairs held at a time: a few dozen megabytes
 
-
+# %% ../nbs/10_backward_by_hand.ipynb #raster-real-main
 def rasterize_backward(
     screen: ScreenGaussians,  # N Gaussians in pixels
     height: int,  # pixels
@@ -112,15 +116,17 @@ def rasterize_backward(
     "Backward of `gs2d.renderer.rasterize`: what a wish for every pixel asks of every Gaussian on the screen."
     means, shapes, opacities, colors = (tensor.detach() for tensor in screen)
     _expect_shape("grad_image", grad_image, height, width, colors.shape[-1])
+    blend_backward = _BLEND_BACKWARDS[Blend(blend)]
     background = torch.as_tensor(background, dtype=means.dtype, device=means.device)
     grads = ScreenGaussians(*(torch.zeros_like(tensor) for tensor in screen))
     points = pixel_centers(height, width, means.dtype, means.device).reshape(-1, 2)
     piece = max(1, _PAIRS_PER_PIECE // max(1, len(means)))
     for part, grad_part in zip(points.split(piece), grad_image.reshape(len(points), -1).split(piece)):
         weights = gaussian_weights(means, shapes, part)
-        grad_strengths, grad_colors = _BLEND_BACKWARDS[Blend(blend)](weights * opacities, colors, background, grad_part)
-        grad_means, grad_conics = gaussian_weights_backward(means, shapes, part, grad_strengths * opacities)  # w̄ = o s̄
-        grad_opacities = (grad_strengths * weights).sum(0)  # ō = Σₚ w s̄
+        grad_strengths, grad_colors = blend_backward(weights * opacities, colors, background, grad_part)
+        grad_opacities = (grad_strengths * weights).sum(0)  # s = o w, so ∂s/∂o = w
+        grad_weights = grad_strengths * opacities  # and ∂s/∂w = o
+        grad_means, grad_conics = gaussian_weights_backward(means, shapes, part, grad_weights)
         for total, grad in zip(grads, (grad_means, grad_conics, grad_opacities, grad_colors)):
             total += grad
     return grads
@@ -150,12 +156,12 @@ def conics_backward_through_covariance(
 ) -> tuple[Tensor, Tensor]:  # ∂L/∂scales (N, 2) and ∂L/∂rotations (N,)
     "`conics_backward` by the road that leads to 3D: inverse ← Σ = M Mᵀ ← M = R S, with matrices only."
     _expect_shape("grad_conics", grad_conics, len(scales), 3)
-    entries = torch.stack([torch.ones_like(rotations), torch.full_like(rotations, 0.5), torch.ones_like(rotations)], -1)
-    grad_inverse = (grad_conics * entries)[:, [0, 1, 1, 2]].reshape(-1, 2, 2)  # b fills two entries: half for each
+    shares = grad_conics.new_tensor([1.0, 0.5, 0.5, 1.0])  # b fills two entries: half for each
+    grad_inverse = (grad_conics[:, [0, 1, 1, 2]] * shares).reshape(-1, 2, 2)
     inverse = conics(scales, rotations)[:, [0, 1, 1, 2]].reshape(-1, 2, 2)
     grad_covariances = -inverse @ grad_inverse @ inverse  # dΣ⁻¹ = -Σ⁻¹ dΣ Σ⁻¹
     rotation = rotation_matrices(rotations)
-    grad_root = 2 * grad_covariances @ (rotation * scales[:, None, :])  # M̄ = 2 Σ̄ M
+    grad_root = 2 * grad_covariances @ (rotation * scales[:, None, :])  # Σ = M Mᵀ holds M twice
     quarter_turn = rotation_matrices(rotations + torch.pi / 2)  # dR/dθ
     grad_scales = (rotation * grad_root).sum(-2)  # column k of M is σₖ times column k of R
     return grad_scales, (grad_root * scales[:, None, :] * quarter_turn).sum((-2, -1))
@@ -172,17 +178,18 @@ def project_backward(
     domain = scene.domain
     kx, ky = width / domain.width, height / domain.height  # pixels per domain unit
     scales, rotations, opacities = (tensor.detach() for tensor in (scene.scales, scene.rotations, scene.opacities))
-    to_domain = grad_screen.conics.new_tensor([1 / kx**2, -1 / (kx * ky), 1 / ky**2])
-    grad_scales, grad_rotations = conics_backward(scales, rotations, grad_screen.conics * to_domain)
+    flip = grad_screen.means.new_tensor([kx, -ky])  # the screen's y points down
+    squares = grad_screen.conics.new_tensor([1 / kx**2, -1 / (kx * ky), 1 / ky**2])  # which turns b around
+    grad_scales, grad_rotations = conics_backward(scales, rotations, grad_screen.conics * squares)
     return dict(
-        means=grad_screen.means * grad_screen.means.new_tensor([kx, -ky]),  # the screen's y points down
+        means=grad_screen.means * flip,
         log_scales=scales * grad_scales,  # σ = exp(ℓ): dσ/dℓ = σ
         rotations=grad_rotations,
         opacity_logits=opacities * (1 - opacities) * grad_screen.opacities,  # o = sigmoid(z): do/dz = o (1 - o)
         colors=grad_screen.colors.clone(),
     )
 
-
+# %% ../nbs/10_backward_by_hand.ipynb #raw-real-render
 def render_backward(
     scene: Gaussians2D,
     height: int,  # pixels
@@ -194,7 +201,8 @@ def render_backward(
     "Backward of `gs2d.renderer.render`."
     with torch.no_grad():
         screen = project(scene, height, width)
-    return project_backward(scene, height, width, rasterize_backward(screen, height, width, blend, background, grad_image))
+    grad_screen = rasterize_backward(screen, height, width, blend, background, grad_image)
+    return project_backward(scene, height, width, grad_screen)
 
 # %% ../nbs/10_backward_by_hand.ipynb #ssim-real
 def _blur(planes: Tensor, size: int) -> Tensor:
@@ -209,12 +217,12 @@ def _blur_backward(grad: Tensor, size: int) -> Tensor:
     "Transpose of `_blur`: with a symmetric window, the same blur after padding with zeros."
     return _blur(F.pad(grad, (size - 1,) * 4), size)
 
-
+# %% ../nbs/10_backward_by_hand.ipynb #ssim-real-main
 def ssim_backward(
     image: Tensor,  # (H, W, C)
     target: Tensor,  # (H, W, C)
 ) -> Tensor:  # (H, W, C) ∂SSIM/∂image
-    "Backward of `gs2d.loss.ssim`. It points uphill, towards more similarity: the loss 1 - SSIM has the opposite sign."
+    "Backward of `gs2d.loss.ssim`. It points uphill, to more similarity: the loss 1 - SSIM has the opposite sign."
     _expect_shape("target", target, *image.shape)
     shortest = min(SSIM_WINDOW, *image.shape[:2])
     size = shortest if shortest % 2 else shortest - 1
@@ -223,10 +231,11 @@ def ssim_backward(
     variances = m - mu_x * mu_x - mu_y * mu_y
     alive = (variances >= 0).to(x.dtype)  # rounding may make one negative; it was clamped to 0 then
     B1, B2 = mu_x * mu_x + mu_y * mu_y + SSIM_C1, variances.clamp_min(0) + SSIM_C2
-    luminance, structure = (2 * mu_x * mu_y + SSIM_C1) / B1, (2 * (r - mu_x * mu_y) + SSIM_C2) / B2
+    luminance = (2 * mu_x * mu_y + SSIM_C1) / B1
+    structure = (2 * (r - mu_x * mu_y) + SSIM_C2) / B2
     grad_r = 2 * luminance / B2
     grad_m = -luminance * structure / B2 * alive
-    grad_mu = structure * 2 * (mu_y - luminance * mu_x) / B1 - grad_r * mu_y - 2 * grad_m * mu_x  # r and m stand still
+    grad_mu = 2 * structure * (mu_y - luminance * mu_x) / B1 - grad_r * mu_y - 2 * grad_m * mu_x
     grad = _blur_backward(grad_mu, size) + 2 * x * _blur_backward(grad_m, size) + y * _blur_backward(grad_r, size)
     return grad.permute(1, 2, 0) / mu_x.numel()
 

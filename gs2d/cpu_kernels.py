@@ -22,6 +22,7 @@ from gs2d.renderer import MAX_ALPHA, WEIGHT_EPS, Blend, ScreenGaussians
 
 # ---------------------------------------------------------------- vectors
 LANES = 16 if llvm.get_host_cpu_features().get("avx512f", False) else 8
+TAPS = 11  # numbers in the SSIM window
 _F32 = ir.FloatType()
 _VEC = ir.VectorType(_F32, LANES)
 _INT = ir.VectorType(ir.IntType(32), LANES)
@@ -153,6 +154,29 @@ def scale_by_power_of_two(typingctx, value, power):
 
 
 @intrinsic
+def correlate(typingctx, array, index, weights):
+    "Σₖ weights[k] · array[index + k : index + k + LANES] over the TAPS weights, from aligned loads and shifts between registers."
+
+    def codegen(context, builder, sig, args):
+        i32, i64 = ir.IntType(32), ir.IntType(64)
+        pointer = builder.bitcast(_address(context, builder, sig, args), _VEC.as_pointer())
+        parts = [builder.load(builder.gep(pointer, [ir.Constant(i64, p)]), align=4) for p in range(-(-(TAPS - 1) // LANES) + 1)]
+        fn = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_VEC, [_VEC] * 3), f"llvm.fmuladd.v{LANES}f32")
+        taps = context.make_array(sig.args[2])(context, builder, args[2]).data
+        result = None
+        for k in range(TAPS):
+            part, shift = divmod(k, LANES)
+            v = parts[part]
+            if shift:
+                v = builder.shuffle_vector(v, parts[part + 1], ir.Constant(_INT, [shift + i for i in range(LANES)]))
+            w = _splat_constant(builder, builder.load(builder.gep(taps, [ir.Constant(i64, k)])))
+            result = builder.fmul(v, w) if result is None else builder.call(fn, [v, w, result])
+        return result
+
+    return signature(lanes, array, types.intp, weights), codegen
+
+
+@intrinsic
 def load_rgb(typingctx, array, index):
     "3·LANES interleaved numbers as three Lanes."
 
@@ -199,7 +223,7 @@ _ROUND = np.float32(1.5 * 2**23)
 _EXP2_SCALE = np.float32(-0.5 / math.log(2))
 # minimax polynomial of 2^f on [-1/2, 1/2]
 _P0, _P1, _P2, _P3, _P4, _P5 = (np.float32(v) for v in (1.0, 0.6931472, 0.24022651, 0.05550347, 0.009618129, 0.0013333558))
-BAND = 16
+BAND = 32
 _OPTIONS = dict(nogil=True, cache=True, error_model="numpy")
 
 
@@ -592,8 +616,7 @@ def _over_gather(start, stop, slots, packed, partial, d_means, d_conics, d_opaci
 
 
 # ---------------------------------------------------------------- SSIM
-TAPS = 11
-SSIM_BAND = 32
+SSIM_BAND = 64
 _LEFT = 16
 _C1, _C2 = np.float32(0.01**2), np.float32(0.03**2)
 
@@ -648,82 +671,89 @@ def _target_statistics(start, stop, target, window, valid_height, valid_width, h
                 store(statistics, out + stride + x, square - mean * mean)
 
 
+@njit(forceinline=True, **_OPTIONS)
+def _aligned(size):
+    "Zeros that begin at a multiple of 64 bytes, so that vectors at multiples of LANES never straddle two cache lines."
+    raw = np.zeros(size + 16, np.float32)
+    skip = -(raw.ctypes.data >> 2) & 15
+    return raw[skip : skip + size]
+
+
 @njit(**_OPTIONS)
 def _ssim_bands(start, stop, image, target, statistics, window, valid_height, valid_width, l1_scale, ssim_scale, with_grad, channels, height, width, gradient, sums):
     """One band of rows at a time: SSIM, L1 and squared error, and the gradient of l1_scale·Σ|x - y| + ssim_scale·ΣSSIM.
 
     Vertical blur, horizontal blur, the three derivative maps, and the same two blurs back, row by row, so that all of it stays in the cache."""
-    stride = _padded(width) + _LEFT
     stat_stride = _padded(width)
-    halo = TAPS - 1
-    xs = np.empty((SSIM_BAND + 2 * halo) * 3 * stride, np.float32)
-    ys = np.empty((SSIM_BAND + 2 * halo) * 3 * stride, np.float32)
-    column = np.zeros(3 * stride, np.float32)
-    back = np.zeros(3 * stride, np.float32)
-    ring = np.empty(TAPS * 3 * stride, np.float32)
-    out = np.zeros(SSIM_BAND * 3 * stride, np.float32)
+    stride = stat_stride + _LEFT
+    xs, ys = _aligned(TAPS * 3 * stride), _aligned(TAPS * 3 * stride)  # the last TAPS rows of both images
+    ring = _aligned(TAPS * 9 * stride)  # the last TAPS rows of the derivative maps
+    column, back, out = _aligned(3 * stride), _aligned(3 * stride), _aligned(3 * stride)
+    mirrored = window[::-1].copy()
     zero = ramp() * 0.0
     for band in range(start, stop):
         top, end = band * SSIM_BAND, min(height, (band + 1) * SSIM_BAND)
-        base = max(0, top - halo)
+        base = max(0, top - (TAPS - 1))
+        ssim_sum, l1_sum, square_sum = 0.0, 0.0, 0.0
+        ring[:] = 0
         xs[:] = 0
         ys[:] = 0
-        for y in range(base, min(height, end + halo)):
-            _read_planes(image, y, width, xs, (y - base) * 3 * stride, stride)
-            _read_planes(target, y, width, ys, (y - base) * 3 * stride, stride)
-        ssim_sum, l1_sum, square_sum = 0.0, 0.0, 0.0
-        for c in range(channels):
-            ring[:] = 0
-            for r in range(base, end):
-                at = (3 * (r - base) + c) * stride
-                slot = (r % TAPS) * 3 * stride + _LEFT
+        for y in range(base, min(height, base + TAPS - 1)):
+            _read_planes(image, y, width, xs, (y % TAPS) * 3 * stride, stride)
+            _read_planes(target, y, width, ys, (y % TAPS) * 3 * stride, stride)
+        for r in range(base, end):
+            if r + TAPS - 1 < height:
+                _read_planes(image, r + TAPS - 1, width, xs, ((r + TAPS - 1) % TAPS) * 3 * stride, stride)
+                _read_planes(target, r + TAPS - 1, width, ys, ((r + TAPS - 1) % TAPS) * 3 * stride, stride)
+            for c in range(channels):
+                slot = ((r % TAPS) * 3 + c) * 3 * stride
+                at = ((r % TAPS) * 3 + c) * stride
                 if r >= valid_height:
-                    ring[slot : slot + 3 * stride - _LEFT] = 0
+                    ring[slot : slot + 3 * stride] = 0
                 elif with_grad or r >= top:
                     for x in range(0, width, LANES):
                         mean, square, cross = zero, zero, zero
                         for k in range(TAPS):
-                            v = load(xs, at + 3 * k * stride + x)
+                            row = (((r + k) % TAPS) * 3 + c) * stride + x
+                            v = load(xs, row)
                             wv = window[k] * v
-                            mean, square, cross = mean + wv, fma(wv, v, square), fma(wv, load(ys, at + 3 * k * stride + x), cross)
+                            mean, square, cross = mean + wv, fma(wv, v, square), fma(wv, load(ys, row), cross)
                         store(column, x, mean)
                         store(column, stride + x, square)
                         store(column, 2 * stride + x, cross)
                     stat = (3 * r + c) * 2 * stat_stride
-                    total_row = zero
+                    row_sum = zero
                     for x in range(0, valid_width, LANES):
-                        mean, square, cross = zero, zero, zero
-                        for k in range(TAPS):
-                            mean = fma(load(column, x + k), window[k], mean)
-                            square = fma(load(column, stride + x + k), window[k], square)
-                            cross = fma(load(column, 2 * stride + x + k), window[k], cross)
+                        mean = correlate(column, x, window)
+                        square = correlate(column, stride + x, window)
+                        cross = correlate(column, 2 * stride + x, window)
                         mean_y, var_y = load(statistics, stat + x), load(statistics, stat + stat_stride + x)
                         n1 = 2.0 * mean * mean_y + _C1
                         n2 = 2.0 * (cross - mean * mean_y) + _C2
-                        i1 = 1.0 / (mean * mean + mean_y * mean_y + _C1)
-                        i2 = 1.0 / (square - mean * mean + var_y + _C2)
-                        both = i1 * i2
+                        d1 = mean * mean + mean_y * mean_y + _C1
+                        d2 = square - mean * mean + var_y + _C2
+                        both = 1.0 / (d1 * d2)
                         s = n1 * n2 * both
                         inside = np.float32(valid_width - 1 - x)
-                        total_row = total_row + where_le(ramp(), inside, s, 0.0)
-                        d_mean = 2.0 * (mean_y * (n2 - n1) * both + mean * s * (i2 - i1))
+                        row_sum = row_sum + where_le(ramp(), inside, s, 0.0)
+                        d_mean = 2.0 * both * (mean_y * (n2 - n1) + mean * s * (d1 - d2))
                         store(ring, slot + x, where_le(ramp(), inside, d_mean, 0.0))
-                        store(ring, slot + stride + x, where_le(ramp(), inside, 0.0 - s * i2, 0.0))
+                        store(ring, slot + stride + x, where_le(ramp(), inside, 0.0 - s * both * d1, 0.0))
                         store(ring, slot + 2 * stride + x, where_le(ramp(), inside, 2.0 * n1 * both, 0.0))
                     if r >= top:
-                        ssim_sum += total(total_row)
+                        ssim_sum += total(row_sum)
                 if r >= top:
                     if with_grad:
                         for x in range(0, width, LANES):
                             d_mean, d_square, d_cross = zero, zero, zero
                             for k in range(TAPS):
-                                row = ((r - k + TAPS) % TAPS) * 3 * stride + _LEFT + x
+                                row = (((r + TAPS - k) % TAPS) * 3 + c) * 3 * stride + x
                                 d_mean = fma(load(ring, row), window[k], d_mean)
                                 d_square = fma(load(ring, row + stride), window[k], d_square)
                                 d_cross = fma(load(ring, row + 2 * stride), window[k], d_cross)
-                            store(back, _LEFT + x, d_mean)
-                            store(back, stride + _LEFT + x, d_square)
-                            store(back, 2 * stride + _LEFT + x, d_cross)
+                            store(back, TAPS - 1 + x, d_mean)
+                            store(back, stride + TAPS - 1 + x, d_square)
+                            store(back, 2 * stride + TAPS - 1 + x, d_cross)
                     l1_row, square_row = zero, zero
                     for x in range(0, width, LANES):
                         v, t = load(xs, at + x), load(ys, at + x)
@@ -731,21 +761,17 @@ def _ssim_bands(start, stop, image, target, statistics, window, valid_height, va
                         sign = where_le(v, t, where_le(t, v, 0.0, -1.0), 1.0)
                         l1_row, square_row = fma(e, sign, l1_row), fma(e, e, square_row)
                         if with_grad:
-                            d_mean, d_square, d_cross = zero, zero, zero
-                            for k in range(TAPS):
-                                d_mean = fma(load(back, _LEFT + x - k), window[k], d_mean)
-                                d_square = fma(load(back, stride + _LEFT + x - k), window[k], d_square)
-                                d_cross = fma(load(back, 2 * stride + _LEFT + x - k), window[k], d_cross)
+                            d_mean = correlate(back, x, mirrored)
+                            d_square = correlate(back, stride + x, mirrored)
+                            d_cross = correlate(back, 2 * stride + x, mirrored)
                             d = fma(2.0 * v, d_square, fma(t, d_cross, d_mean))
-                            store(out, (3 * (r - top) + c) * stride + x, fma(sign, l1_scale, d * ssim_scale))
+                            store(out, c * stride + x, fma(sign, l1_scale, d * ssim_scale))
                     l1_sum += total(l1_row)
                     square_sum += total(square_row)
-        sums[band, 0], sums[band, 1], sums[band, 2] = ssim_sum, l1_sum, square_sum
-        if with_grad:
-            for y in range(top, end):
-                at = (y - top) * 3 * stride
+            if with_grad and r >= top:
                 for x in range(0, width, LANES):
-                    _write_rgb(gradient, 3 * width * y, x, width, load(out, at + x), load(out, at + stride + x), load(out, at + 2 * stride + x))
+                    _write_rgb(gradient, 3 * width * r, x, width, load(out, x), load(out, stride + x), load(out, 2 * stride + x))
+        sums[band, 0], sums[band, 1], sums[band, 2] = ssim_sum, l1_sum, square_sum
 
 
 # ---------------------------------------------------------------- threads
@@ -853,7 +879,7 @@ def _rasterize_backward(grad, image, packed, rows, coverage, background, mode):
         _run(_over_backward, _balanced(band_work), first, entries, slots, P, R, _flat(background), _flat(grad), _flat(coverage), height, width, partial)
         _run(_over_gather, _even(n, 4000), slots, P, partial, *outs)
     else:
-        planes = np.empty(height * 4 * stride, np.float32)
+        planes = torch.empty(height * 4 * stride).numpy()
         _run(_planar_gradient, _even(height, 64), _flat(grad), _flat(image), _flat(coverage), mode == _WEIGHTED, height, width, planes)
         _run(_splat_backward, _balanced(work), order, P, R, planes, mode == _WEIGHTED, width, *outs)
     return grads
@@ -989,7 +1015,7 @@ def photometric(image, target, l1_weight=0.15, ssim_weight=0.85):
     with_grad = torch.is_grad_enabled() and image.requires_grad
     value, scores = 0.0, 0.0
     for k in range(0, channels, 3):
-        part, goal = image[..., k : k + 3], target[..., k : k + 3]
+        part, goal = (image, target) if channels == 3 else (image[..., k : k + 3], target[..., k : k + 3])
         here = part.shape[-1]
         if here < 3:
             part, goal = (torch.nn.functional.pad(t, (0, 3 - here)) for t in (part, goal))

@@ -91,7 +91,7 @@ def _blend_additive(alphas, colors, background):
 def _blend_over(alphas, colors, background):
     alphas = alphas.clamp(max=MAX_ALPHA)
     after = torch.cumprod(1 - alphas, -1)  # (P, N) light left after sheet i
-    before = torch.cat([torch.ones_like(after[:, :1]), after], -1)  # (P, N + 1) light left before it, and at the end
+    before = torch.cat([alphas.new_ones(len(alphas), 1), after], -1)  # (P, N + 1) light left before it, and at the end
     return (before[:, :-1] * alphas) @ colors + before[:, -1:] * background
 
 
@@ -176,7 +176,7 @@ def rasterize(
     blend = Blend(blend)
     n, channels = screen.colors.shape
     background = torch.as_tensor(background, dtype=screen.means.dtype, device=screen.means.device)
-    shapes = (*(tensor.shape for tensor in screen[:3]), background.shape)
+    shapes = tuple(tuple(tensor.shape) for tensor in (*screen[:3], background))
     if shapes != ((n, 2), (n, 3), (n,), (channels,)):
         raise ValueError(f"expected means, conics, opacities, background of shapes {(n, 2), (n, 3), (n,), (channels,)}, got {shapes}")
     if backend not in ("auto", "reference"):

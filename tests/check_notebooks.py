@@ -36,7 +36,8 @@ def generate(folder: Path) -> None:
             module.unlink()
     environment = {key: value for key, value in os.environ.items() if key != "IN_TEST"}  # with it nbdev exports nothing
     refresh = "from nbdev.quarto import refresh_quarto_yml; refresh_quarto_yml()"
-    for command in (["nbdev_export"], ["nbdev_clean"], [sys.executable, "-c", refresh], [sys.executable, "tests/readme.py"]):
+    tools = Path(sys.executable).parent
+    for command in ([tools / "nbdev_export"], [tools / "nbdev_clean"], [sys.executable, "-c", refresh], [sys.executable, "tests/readme.py"]):
         subprocess.run(command, cwd=folder, env=environment, check=True)
 
 

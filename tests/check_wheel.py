@@ -30,16 +30,21 @@ def expect(condition: bool, message: str) -> None:
         sys.exit(f"tests/check_wheel.py: {message}")
 
 
-def run(*command, **options) -> subprocess.CompletedProcess:
+def run(*command, show: bool = True, **options) -> str:
+    "Run a command, print what it says (if not `show`: only when it fails), and stop here if it fails."
     print("$", *(str(part) if len(str(part)) < 100 else "..." for part in command), flush=True)
-    return subprocess.run([str(part) for part in command], check=True, **options)
+    done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+    if show or done.returncode:
+        print(done.stdout, end="", flush=True)
+    expect(done.returncode == 0, f"exit status {done.returncode}")
+    return done.stdout
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary).resolve()
         # By way of the source distribution, so that one is complete too.
-        run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", ROOT, stdout=subprocess.DEVNULL)
+        run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", ROOT, show=False)
         (wheel,) = (folder / "dist").glob("*.whl")
         packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
         expect(packed == {f"gs2d/{path.name}" for path in ROOT.glob("gs2d/*.py")}, f"the wheel holds {sorted(packed)}")
@@ -49,11 +54,11 @@ def main() -> None:
         python, gs2d = bin_folder / "python", bin_folder / "gs2d"
         environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
         away = dict(cwd=folder, env=environment)
-        run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile",
+        run(python, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--no-compile",
             "--constraint", ROOT / "constraints.txt", wheel, **away)
         run(python, "-m", "pip", "check", "--disable-pip-version-check", **away)
 
-        probe = json.loads(run(python, "-c", PROBE, stdout=subprocess.PIPE, text=True, **away).stdout)
+        probe = json.loads(run(python, "-c", PROBE, **away).splitlines()[-1])
         expect(Path(probe["path"]).is_relative_to(folder / "venv"), f"gs2d was imported from {probe['path']}")
         expect(not probe["loaded"], f"`import gs2d` imports {probe['loaded']}")
         expect(not probe["installed"], f"`pip install gs2d` installs {probe['installed']}")

@@ -1,0 +1,280 @@
+"""Measure speed and memory side by side with the obvious alternatives, in one run: `make bench`.
+
+Every number is a median over repeats on this machine, now; every comparison is a ratio within the same run.
+Prints tables, and writes results.json and pairs.png into --out.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import gs2d
+from gs2d.gaussians import CUTOFF_POWER, PARAMETER_NAMES, Domain2D, Gaussians2D
+from gs2d.loss import l1_loss, l2_loss, ssim
+from gs2d.renderer import WEIGHT_EPS, Blend, kernels_for, project, rasterize, render
+
+HERE = Path(__file__).parent
+
+
+def measure(function, seconds=1.5, repeats=(3, 200)):
+    "Median seconds of one call, and the number of calls; one warm-up. A slow function is called fewer times."
+    start = time.perf_counter()
+    function()
+    first = time.perf_counter() - start
+    if first > 10 * seconds:
+        return first, 1
+    times, deadline = [], time.perf_counter() + seconds
+    while len(times) < repeats[0] or (time.perf_counter() < deadline and len(times) < repeats[1]):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times), len(times)
+
+
+def make_scene(n, height, width, sigma_px, seed=0):
+    "n Gaussians spread over the image, with scales around sigma_px pixels."
+    g = torch.Generator().manual_seed(seed)
+    domain = Domain2D.for_image(height, width)
+    unit = domain.width / width
+    rand = torch.rand(n, 9, generator=g)
+    return Gaussians2D.from_values(
+        (rand[:, :2] - 0.5) * torch.tensor([domain.width, domain.height]), sigma_px * unit * (0.7 + 0.6 * rand[:, 2:4]),
+        math.pi * rand[:, 4], 0.2 + 0.7 * rand[:, 5], rand[:, 6:], domain)
+
+
+def make_target(height, width, seed=1):
+    "A smooth random picture."
+    g = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(1, 3, 9, 9, generator=g)
+    return torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic")[0].clamp(0, 1).permute(1, 2, 0).contiguous()
+
+
+def count_pairs(screen, height, width):
+    "How many pixel–Gaussian pairs lie within the cut-off."
+    total = 0
+    for (mx, my), (a, b, c) in zip(screen.means.detach().double().numpy(), screen.conics.detach().double().numpy()):
+        reach = math.sqrt(CUTOFF_POWER / (a * c - b * b))
+        rx, ry = reach * math.sqrt(c), reach * math.sqrt(a)
+        x = np.arange(max(0, math.floor(mx - rx)), min(width, math.ceil(mx + rx) + 1)) + 0.5 - mx
+        y = np.arange(max(0, math.floor(my - ry)), min(height, math.ceil(my + ry) + 1))[:, None] + 0.5 - my
+        total += int((a * x * x + 2 * b * x * y + c * y * y <= CUTOFF_POWER).sum())
+    return total
+
+
+def dense_render(scene, height, width):
+    "What most tutorials teach: one (N, H, W) tensor per quantity, and autograd. Weighted blending, no cut-off."
+    means, shapes, opacities, colors = project(scene, height, width)
+    y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+    dx, dy = x - means[:, 0, None, None], y - means[:, 1, None, None]
+    a, b, c = shapes.T[:, :, None, None]
+    weights = opacities[:, None, None] * torch.exp(-0.5 * (a * dx * dx + 2 * b * dx * dy + c * dy * dy))
+    return torch.einsum("nhw,nc->hwc", weights, colors) / (weights.sum(0)[..., None] + WEIGHT_EPS)
+
+
+def mixed_loss(image, target, backend):
+    return 0.15 * l1_loss(image, target) + 0.85 * (1 - ssim(image, target, backend=backend))
+
+
+def training_step(scene, target, draw, loss):
+    "A function that does one whole step: render, loss, backward, Adam."
+    scene = scene.clone()
+    optimizer = torch.optim.Adam(scene.parameters(), lr=1e-4, fused=True)
+    height, width, _ = target.shape
+
+    def step():
+        optimizer.zero_grad()
+        loss(draw(scene, height, width), target).backward()
+        optimizer.step()
+
+    return step
+
+
+def bench_steps(quick):
+    "A whole training step: the dense formulation, the same compiled, our reference, our kernels."
+    def peers(mixed):
+        slow, fast = (mixed_loss, "reference"), (mixed_loss, "auto")
+        if not mixed:
+            slow = fast = (lambda image, target, _: l2_loss(image, target), None)
+        make = lambda draw, loss: lambda scene, target: training_step(scene, target, draw, lambda i, t: loss[0](i, t, loss[1]))
+        return {
+            "dense": make(dense_render, slow),
+            "dense, torch.compile": make(torch.compile(dense_render), slow),
+            "reference": make(lambda *a: render(*a, backend="reference"), slow),
+            "kernels": make(render, fast)}
+
+    rows = []
+    cases = [(500, 256, 256, 8.0, True), (100, 220, 330, 12.0, True), (9_000, 512, 768, 4.0, False)]
+    for n, height, width, sigma, mixed in cases:
+        scene, target = make_scene(n, height, width, sigma), make_target(height, width)
+        row = dict(case=f"{n:,} on {width}×{height}, {'L1 + SSIM' if mixed else 'L2'}", unit="ms a step")
+        for name, make in peers(mixed).items():
+            if name.startswith("dense") and n * height * width > 2e8:
+                row[name] = None  # one (N, H, W) tensor alone would be 14 GB
+                continue
+            if quick and name != "kernels":
+                continue
+            seconds, repeats = measure(make(scene, target))
+            row[name], row[f"{name} repeats"] = 1000 * seconds, repeats
+        rows.append(row)
+    return rows
+
+
+def bench_pairs(quick):
+    "Nanoseconds per visited pixel–Gaussian pair of the compiled kernels, forward and backward."
+    rows = []
+    for n, height, width, sigma in [(500, 256, 256, 8.0), (5_000, 512, 768, 5.0), (50_000, 512, 768, 2.0)]:
+        scene = make_scene(n, height, width, sigma)
+        pairs = count_pairs(project(scene, height, width), height, width)
+        for blend in Blend:
+            screen = type(project(scene, 1, 1))(*(t.detach().requires_grad_() for t in project(scene, height, width)))
+            grad = torch.rand(height, width, 3)
+            with torch.no_grad():
+                forward, _ = measure(lambda: rasterize(screen, height, width, blend), 0.3 if quick else 1.5)
+            image = rasterize(screen, height, width, blend)
+            backward, repeats = measure(lambda: torch.autograd.grad(image, screen, grad, retain_graph=True), 0.3 if quick else 1.5)
+            rows.append(dict(case=f"{n:,} on {width}×{height}, σ ≈ {sigma:g} px", blend=blend.value, pairs=pairs, repeats=repeats,
+                             forward_ns=1e9 * forward / pairs, backward_ns=1e9 * backward / pairs,
+                             forward_ms=1000 * forward, backward_ms=1000 * backward))
+    return rows
+
+
+def bench_ssim(quick):
+    "SSIM with its gradient on 768×512: pytorch-msssim, our reference, our kernels."
+    from pytorch_msssim import ssim as peer_ssim
+
+    target, image = make_target(512, 768), make_target(512, 768, seed=2).requires_grad_()
+    ways = {
+        "pytorch-msssim": lambda: peer_ssim(image.permute(2, 0, 1)[None], target.permute(2, 0, 1)[None], data_range=1.0),
+        "reference": lambda: ssim(image, target, backend="reference"),
+        "kernels": lambda: ssim(image, target)}
+    row = dict(case="SSIM and its gradient, 768×512", unit="ms")
+    for name, way in ways.items():
+        row[name] = 1000 * measure(lambda: torch.autograd.grad(way(), image))[0]
+    row["largest difference of the value"] = max(abs(ways["pytorch-msssim"]().item() - ways[w]().item()) for w in ("reference", "kernels"))
+    return [row]
+
+
+def bench_scaling(quick):
+    "Render and backward against N, image size and threads; the milliseconds against the visited pairs."
+    rows, threads = [], torch.get_num_threads()
+    sweep = [("N", n, 512, threads) for n in (250, 1_000, 4_000, 16_000)]
+    sweep += [("size", 2_000, side, threads) for side in (128, 256, 512, 1024)]
+    sweep += [("threads", 4_000, 512, t) for t in sorted({1, 2, os.cpu_count()} & set(range(1, os.cpu_count() + 1)))]
+    for what, n, side, count in sweep:
+        torch.set_num_threads(count)
+        scene = make_scene(n, side, side, sigma_px=5.0)
+        target = make_target(side, side)
+        seconds, _ = measure(training_step(scene, target, lambda *a: render(*a, Blend.ADDITIVE), l2_loss), 0.3 if quick else 1.0)
+        rows.append(dict(sweep=what, n=n, side=side, threads=count, ms=1000 * seconds,
+                         pairs=count_pairs(project(scene, side, side), side, side)))
+    torch.set_num_threads(threads)
+    return rows
+
+
+def fit_line(rows, out):
+    "Least squares of milliseconds against pairs over the sweep of N; draws it."
+    from matplotlib.figure import Figure
+
+    x, y = (np.array([row[key] for row in rows if row["sweep"] == "N"]) for key in ("pairs", "ms"))
+    slope, offset = np.polyfit(x, y, 1)
+    r2 = 1 - ((y - slope * x - offset) ** 2).sum() / ((y - y.mean()) ** 2).sum()
+    figure = Figure(figsize=(5, 3.2), dpi=110, layout="constrained")
+    ax = figure.subplots()
+    ax.plot(x / 1e6, y, "o", label="measured")
+    ax.plot(x / 1e6, slope * x + offset, label=f"{offset:.2f} ms + {1e6 * slope:.2f} ns per pair, R² = {r2:.4f}")
+    ax.set(xlabel="visited pairs, millions", ylabel="ms a step", title="A step costs what the visited pairs cost")
+    ax.legend(frameon=False)
+    figure.savefig(out / "pairs.png")
+    return dict(ns_per_pair=1e6 * slope, offset_ms=offset, r_squared=r2)
+
+
+MEMORY_CODE = """
+import resource, sys, torch
+sys.path.insert(0, {here!r})
+from run import make_scene, make_target, render, l2_loss, Blend
+render(make_scene(10, 64, 64, 3.0), 64, 64, Blend.ADDITIVE).sum().backward()
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+before = peak()
+scene, target = make_scene({n}, {height}, {width}, {sigma}), make_target({height}, {width})
+l2_loss(render(scene, {height}, {width}, Blend.ADDITIVE), target).backward()
+print(before, peak())
+"""
+
+
+def bench_memory(quick):
+    "Peak memory of a process that does one forward and backward pass, the picture and the libraries included."
+    rows = []
+    for n, height, width, sigma in [(9_000, 512, 768, 4.0), (100_000, 4096, 4096, 6.0)]:
+        code = MEMORY_CODE.format(here=str(HERE), n=n, height=height, width=width, sigma=sigma)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        before, peak = map(int, done.stdout.split())
+        rows.append(dict(case=f"{n:,} on {width}×{height}", libraries_gb=before / 1e9, peak_gb=peak / 1e9))
+    return rows
+
+
+def machine():
+    "What the numbers were measured on."
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        name = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), name)
+    return dict(cpu=name, cores=os.cpu_count(), threads=torch.get_num_threads(), system=platform.system(), python=platform.python_version(),
+                torch=torch.__version__, gs2d=gs2d.__version__, kernels=kernels_for("cpu", torch.float32) is not None)
+
+
+def print_table(title, rows):
+    "Rows of dicts as an aligned table."
+    def show(value):
+        return "does not fit" if value is None else f"{value:.3g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+    keys = list(dict.fromkeys(key for row in rows for key in row if not key.endswith("repeats")))
+    cells = [keys] + [[show(row[key]) if key in row else "" for key in keys] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(keys))]
+    print(f"\n{title}")
+    for line in cells:
+        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+
+
+def print_ratios(rows, to="kernels"):
+    "How many times slower than the kernels each peer is."
+    for row in rows:
+        ratios = {name: value / row[to] for name, value in row.items() if isinstance(value, float) and name not in (to,) and "difference" not in name}
+        if ratios:
+            few = [name for name in ratios if row.get(f"{name} repeats", 9) < 3]
+            print(f"  {row['case']}: " + ", ".join(f"{name} takes {ratio:,.1f}× as long as {to}" for name, ratio in ratios.items())
+                  + (f" ({', '.join(few)} measured once: too slow for repeats)" if few else ""))
+
+
+def main():
+    sections = {"steps": bench_steps, "pairs": bench_pairs, "ssim": bench_ssim, "scaling": bench_scaling, "memory": bench_memory}
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=sections, default=list(sections), help="sections to run")
+    parser.add_argument("--quick", action="store_true", help="our kernels alone and few repeats, to see that it runs")
+    parser.add_argument("--out", type=Path, default=HERE / "out", help="folder for results.json and pairs.png")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    results = {"machine": machine()}
+    print("  ".join(f"{key}: {value}" for key, value in results["machine"].items()))
+    for name in options.only:
+        results[name] = sections[name](options.quick)
+        print_table(sections[name].__doc__, results[name])
+        if name in ("steps", "ssim"):
+            print_ratios(results[name])
+        if name == "scaling":
+            results["fit"] = fit_line(results[name], options.out)
+            print("  time against pairs: " + "  ".join(f"{key} {value:.4g}" for key, value in results["fit"].items()))
+        (options.out / "results.json").write_text(json.dumps(results, indent=1))
+    print(f"\nwrote {options.out / 'results.json'}")
+
+
+if __name__ == "__main__":
+    main()
