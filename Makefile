@@ -18,7 +18,7 @@ TWO   := OMP_NUM_THREADS=1
 .NOTPARALLEL:
 .PHONY: help run test test-notebooks test-lessons test-units test-wheel lessons export readme docs bench browser clean distclean
 
-help:  ## list the targets
+help:
 	@echo "make run        fit the default photograph (another: make run ARGS=\"photo.jpg --steps 500\")"
 	@echo "make lessons    open the lessons in JupyterLab"
 	@echo "make test       check everything: notebooks and modules, lessons, tests, wheel"
@@ -79,6 +79,9 @@ export: $(DEV)
 	$(TOOLS) nbdev_clean
 	$(TOOLS) python tests/readme.py
 
+readme: $(DEV)
+	$(TOOLS) python tests/readme.py
+
 bench: $(DEV)
 	$(TOOLS) python benchmarks/run.py $(ARGS)
 
@@ -86,7 +89,7 @@ bench: $(DEV)
 docs:
 	@command -v quarto >/dev/null || { \
 	  echo "The website is built with Quarto, which is not installed here: see https://quarto.org/docs/get-started/" >&2; exit 1; }
-	@$(MAKE) --no-print-directory $(DEV)
+	@$(MAKE) --no-print-directory --silent $(DEV)
 	touch README.md
 	$(TOOLS) nbdev_docs
 	@echo "The website is in _docs/index.html"

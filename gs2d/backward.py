@@ -8,9 +8,9 @@ __all__ = ['gaussian_weights_backward', 'blend_additive_backward', 'blend_weight
            'render_backward', 'ssim_backward', 'l1_backward', 'l2_backward', 'loss_backward']
 
 # %% ../nbs/10_backward_by_hand.ipynb #export-imports
-# Conventions: `grad_x` is ∂L/∂x, of the shape of x. Every function takes the inputs of its forward twin and the gradient
-# of what that returned. No autograd is used; float32 and float64 both work. Pixels × Gaussians are visited one and all,
-# so this is slow: the compiled kernels are the fast form, and this is what they must agree with.
+# Conventions: `grad_x` is ∂L/∂x, of the shape of x. Every function takes the inputs of its forward twin, and the
+# gradient of what that returned. No autograd is used; float32 and float64 both work. Every Gaussian is visited
+# at every pixel, so this is slow: the compiled kernels are the fast form, and must agree with this.
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -177,15 +177,15 @@ def project_backward(
     _expect_shape("grad_screen.means", grad_screen.means, len(scene), 2)
     domain = scene.domain
     kx, ky = width / domain.width, height / domain.height  # pixels per domain unit
-    scales, rotations, opacities = (tensor.detach() for tensor in (scene.scales, scene.rotations, scene.opacities))
+    scales, rotations, opacities = scene.scales.detach(), scene.rotations.detach(), scene.opacities.detach()
     flip = grad_screen.means.new_tensor([kx, -ky])  # the screen's y points down
     squares = grad_screen.conics.new_tensor([1 / kx**2, -1 / (kx * ky), 1 / ky**2])  # which turns b around
     grad_scales, grad_rotations = conics_backward(scales, rotations, grad_screen.conics * squares)
     return dict(
         means=grad_screen.means * flip,
-        log_scales=scales * grad_scales,  # σ = exp(ℓ): dσ/dℓ = σ
+        log_scales=scales * grad_scales,  # dσ/dℓ = σ
         rotations=grad_rotations,
-        opacity_logits=opacities * (1 - opacities) * grad_screen.opacities,  # o = sigmoid(z): do/dz = o (1 - o)
+        opacity_logits=opacities * (1 - opacities) * grad_screen.opacities,  # do/dz = o (1 - o)
         colors=grad_screen.colors.clone(),
     )
 
@@ -222,21 +222,21 @@ def ssim_backward(
     image: Tensor,  # (H, W, C)
     target: Tensor,  # (H, W, C)
 ) -> Tensor:  # (H, W, C) ∂SSIM/∂image
-    "Backward of `gs2d.loss.ssim`. It points uphill, to more similarity: the loss 1 - SSIM has the opposite sign."
+    "Backward of `gs2d.loss.ssim`. It points to more similarity: the loss 1 - SSIM has the opposite sign."
     _expect_shape("target", target, *image.shape)
     shortest = min(SSIM_WINDOW, *image.shape[:2])
     size = shortest if shortest % 2 else shortest - 1
     x, y = image.detach().permute(2, 0, 1), target.detach().permute(2, 0, 1)
     mu_x, mu_y, m, r = (_blur(planes, size) for planes in (x, y, x * x + y * y, x * y))
-    variances = m - mu_x * mu_x - mu_y * mu_y
-    alive = (variances >= 0).to(x.dtype)  # rounding may make one negative; it was clamped to 0 then
-    B1, B2 = mu_x * mu_x + mu_y * mu_y + SSIM_C1, variances.clamp_min(0) + SSIM_C2
+    squares = mu_x * mu_x + mu_y * mu_y
+    B1, B2 = squares + SSIM_C1, (m - squares).clamp_min(0) + SSIM_C2  # the clamp mends rounding, in flat places
     luminance = (2 * mu_x * mu_y + SSIM_C1) / B1
     structure = (2 * (r - mu_x * mu_y) + SSIM_C2) / B2
     grad_r = 2 * luminance / B2
-    grad_m = -luminance * structure / B2 * alive
+    grad_m = -luminance * structure / B2
     grad_mu = 2 * structure * (mu_y - luminance * mu_x) / B1 - grad_r * mu_y - 2 * grad_m * mu_x
-    grad = _blur_backward(grad_mu, size) + 2 * x * _blur_backward(grad_m, size) + y * _blur_backward(grad_r, size)
+    by_mu, by_m, by_r = (_blur_backward(grad, size) for grad in (grad_mu, grad_m, grad_r))
+    grad = by_mu + 2 * x * by_m + y * by_r
     return grad.permute(1, 2, 0) / mu_x.numel()
 
 # %% ../nbs/10_backward_by_hand.ipynb #losses-real
@@ -253,5 +253,5 @@ def l2_backward(image: Tensor, target: Tensor) -> Tensor:
 
 
 def loss_backward(loss: L1SSIMLoss, image: Tensor, target: Tensor) -> Tensor:
-    "∂/∂image of l1_weight · L1 + ssim_weight · (1 - SSIM), (H, W, C): the wish that `render_backward` is handed."
+    "∂/∂image (H, W, C) of l1_weight · L1 + ssim_weight · (1 - SSIM): the wish for `render_backward`."
     return loss.l1_weight * l1_backward(image, target) - loss.ssim_weight * ssim_backward(image, target)

@@ -41,7 +41,7 @@ class DensificationState:
         self,
         scene: Gaussians2D,  # after `loss.backward()`, before the gradients are cleared
     ) -> None:
-        "Add this step's positional gradients. Rows that got none, or one that is not finite, are left out of the average."
+        "Add this step's positional gradients. A row that got none, or one that is not finite, is left out."
         if len(scene) != len(self):
             raise ValueError(f"expected a scene of {len(self)} Gaussians, got {len(scene)}")
         if scene.means.grad is None:
@@ -65,13 +65,11 @@ class DensificationState:
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         "Put back what `state_dict` gave; the number of Gaussians may differ from the present one."
-        missing = {"norms", "vectors", "counts"} - set(tensors)
-        if missing:
-            raise ValueError(f"expected norms, vectors and counts, got no {', '.join(sorted(missing))}")
-        n = len(tensors["counts"])
-        for name, shape in {"norms": (n,), "vectors": (n, 2), "counts": (n,)}.items():
-            if tuple(tensors[name].shape) != shape:
-                raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensors[name].shape)}")
+        n = len(tensors.get("counts", ()))
+        for name, shape in {"counts": (n,), "norms": (n,), "vectors": (n, 2)}.items():
+            got = tuple(tensors[name].shape) if name in tensors else None
+            if got != shape:
+                raise ValueError(f"{name}: expected a tensor of shape {shape}, got {got}")
         for name in ("norms", "vectors", "counts"):
             setattr(self, name, tensors[name].detach().to(self.counts.device, torch.float32, copy=True))
 
@@ -82,20 +80,21 @@ def shared_opacity_logits(
 ) -> Tensor:  # (N,)
     """The logits that two copies in one place need to look like the one they replace.
 
-    Half the opacity for the sums, WEIGHTED and ADDITIVE: exact. 1 - √(1 - o) for OVER: exact at the centre (Rota Bulò et al. 2024).
+    Half the opacity for the sums, WEIGHTED and ADDITIVE: exact.
+    1 - √(1 - o) for OVER: exact at the centre (Rota Bulò et al. 2024).
     """
-    if blend is Blend.OVER:
+    if blend == Blend.OVER:
         return torch.log(torch.expm1(F.softplus(opacity_logits) / 2))
     return -F.softplus(math.log(2) - opacity_logits)
 
-# %% ../nbs/05_densify.ipynb #clone-offsets
+# %% ../nbs/05_densify.ipynb #principal-axes
 def principal_axes(scene: Gaussians2D) -> tuple[Tensor, Tensor]:
     "((N, 2) unit vectors along the longer axes, (N,) the standard deviations along them)."
     std, which = scene.scales.max(dim=-1)
     angle = scene.rotations + which * (math.pi / 2)
     return torch.stack([angle.cos(), angle.sin()], -1), std
 
-
+# %% ../nbs/05_densify.ipynb #clone-offsets
 def clone_offsets(
     scene: Gaussians2D,
     gradients: Tensor,  # (N, 2) accumulated positional gradients, normalised device coordinates
@@ -116,7 +115,7 @@ def split_offsets(
     scene: Gaussians2D,
     factor: float,  # children's standard deviations are the parent's divided by this
 ) -> Tensor:  # (N, 2) domain units; the children sit at the mean plus and minus this
-    "Along the longer axis, so far that the two children together are as wide as their parent: d² + (σ/f)² = σ²."
+    "Along the longer axis, so far that the two together are as wide as their parent: d² + (σ/f)² = σ²."
     axis, std = principal_axes(scene)
     return axis * (std * math.sqrt(1 - 1 / factor**2))[:, None]
 
@@ -125,17 +124,18 @@ def visible_ink(
     scene: Gaussians2D,
     blend: Blend,
 ) -> Tensor:  # (N,)
-    "What pruning looks at: the opacity; in ADDITIVE opacity × largest |colour|, the most it can change a pixel by."
-    return scene.opacities * scene.colors.abs().amax(dim=-1) if blend is Blend.ADDITIVE else scene.opacities
+    "What pruning looks at: the opacity; in ADDITIVE opacity × largest |colour|, the most it can add to a pixel."
+    if blend == Blend.ADDITIVE:
+        return scene.opacities * scene.colors.abs().amax(dim=-1)
+    return scene.opacities
 
 
 def _rows_to_keep(scene: Gaussians2D, threshold: float, blend: Blend) -> Tensor:
     "(N,) False where a Gaussian is too faint or not finite. Never all False: the most visible one stays."
-    n = len(scene)
-    finite = torch.stack([getattr(scene, name).reshape(n, -1).isfinite().all(1) if n else scene.rotations.bool() for name in PARAMETER_NAMES]).all(0)
+    finite = torch.column_stack([getattr(scene, name) for name in PARAMETER_NAMES]).isfinite().all(dim=1)
     ink = torch.where(finite, visible_ink(scene, blend), -1.0)
     keep = ink >= threshold
-    if n and not keep.any():
+    if len(scene) and not keep.any():
         keep[ink.argmax()] = True
     return keep
 
@@ -149,7 +149,14 @@ class _Rows(NamedTuple):
 
     def reordered(self, order: Tensor) -> "_Rows":
         "The same rows, in another order."
-        return _Rows({name: tensor[order] for name, tensor in self.values.items()}, self.source[order], self.fresh[order])
+        values = {name: tensor[order] for name, tensor in self.values.items()}
+        return _Rows(values, self.source[order], self.fresh[order])
+
+# %% ../nbs/05_densify.ipynb #replace-rows
+def _carried(moments: Tensor, rows: _Rows) -> Tensor:
+    "The moments of the next scene's rows: their source's, or zero where fresh."
+    fresh = rows.fresh.reshape(-1, *[1] * (moments.ndim - 1))
+    return moments[rows.source.clamp(min=0)].masked_fill(fresh, 0)
 
 
 def _replace_rows(scene: Gaussians2D, optimizer: torch.optim.Optimizer | None, rows: _Rows) -> None:
@@ -162,22 +169,21 @@ def _replace_rows(scene: Gaussians2D, optimizer: torch.optim.Optimizer | None, r
             continue
         for group in optimizer.param_groups:
             group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
-        state = optimizer.state.pop(old, None)
-        if state is None:  # no step has been taken yet
-            continue
-        for key, value in state.items():  # the moments have a row per Gaussian; the step counter has none, and stays
-            if torch.is_tensor(value) and value.shape == old.shape:
-                state[key] = value[rows.source.clamp(min=0)].masked_fill(rows.fresh.reshape(-1, *[1] * (old.ndim - 1)), 0)
-        optimizer.state[new] = state
+        if old in optimizer.state:
+            state = optimizer.state.pop(old)
+            for key, value in state.items():
+                if torch.is_tensor(value) and value.shape == old.shape:
+                    state[key] = _carried(value, rows)
+            optimizer.state[new] = state
 
-# %% ../nbs/05_densify.ipynb #config
+# %% ../nbs/05_densify.ipynb #strategy
 class DensifyStrategy(str, Enum):
     "Where new Gaussians come from."
 
     GRADIENT = "gradient"  # clone and split those that are pulled hard (Kerbl et al. 2023)
     ERROR = "error"  # sample new ones where the picture is wrong
 
-
+# %% ../nbs/05_densify.ipynb #config-helpers
 def _check(name: str, ok: bool, expected: str, value) -> None:
     if not ok:
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
@@ -185,15 +191,16 @@ def _check(name: str, ok: bool, expected: str, value) -> None:
 
 def _is_number(value, lowest: float, highest: float = math.inf, whole: bool = False) -> bool:
     kinds = int if whole else (int, float)
-    return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value) and lowest <= value <= highest
+    proper = isinstance(value, kinds) and not isinstance(value, bool)
+    return proper and math.isfinite(value) and lowest <= value <= highest
 
-
+# %% ../nbs/05_densify.ipynb #config
 @dataclass(frozen=True)
 class DensifyConfig:
     "When to densify, by which strategy, and how far."
 
     every_n_steps: int = 100  # steps between two rounds
-    max_gaussians: int = 2000  # no round grows the scene beyond this; one that starts larger is pruned, but doesn't grow
+    max_gaussians: int = 2000  # no round grows the scene beyond this; one that is larger is only pruned
     strategy: DensifyStrategy = DensifyStrategy.GRADIENT
     grad_threshold: float = 2e-4  # mean norm of the positional gradient, normalised device coordinates
     scale_threshold: float = 0.01  # as a fraction of the domain's longer side: larger splits, smaller clones
@@ -215,7 +222,8 @@ class DensifyConfig:
             _check(name, _is_number(getattr(self, name), 0), "a number of at least 0", getattr(self, name))
         for name in ("opacity_threshold", "stop_fraction"):
             _check(name, _is_number(getattr(self, name), 0, 1), "a number from 0 to 1", getattr(self, name))
-        _check("split_factor", _is_number(self.split_factor, 1) and self.split_factor > 1, "a number above 1", self.split_factor)
+        above_1 = _is_number(self.split_factor, 1) and self.split_factor > 1
+        _check("split_factor", above_1, "a number above 1", self.split_factor)
 
     def is_due(
         self,
@@ -223,9 +231,10 @@ class DensifyConfig:
         n_iterations: int,  # steps of the whole run
     ) -> bool:
         "Whether a round is due after this step."
-        return step > 0 and step % self.every_n_steps == 0 and self.start_step <= step <= self.stop_fraction * n_iterations
+        in_time = self.start_step <= step <= self.stop_fraction * n_iterations
+        return step > 0 and step % self.every_n_steps == 0 and in_time
 
-# %% ../nbs/05_densify.ipynb #gradient-round
+# %% ../nbs/05_densify.ipynb #report
 class DensifyReport(NamedTuple):
     "What one round did: n_gaussians = those before + n_cloned + n_split + n_added - n_pruned."
 
@@ -235,19 +244,26 @@ class DensifyReport(NamedTuple):
     n_added: int  # Gaussians placed where the error is
     n_gaussians: int  # Gaussians there are now
 
-
+# %% ../nbs/05_densify.ipynb #choose
 def _choose(state: DensificationState, keep: Tensor, threshold: float, room: int) -> Tensor:
-    "(N,) True for at most `room` of the rows to keep: those pulled at least as hard as the threshold, hardest first."
+    "(N,) True for at most `room` of the rows to keep: those pulled as hard as the threshold, hardest first."
     pull = torch.where(keep & (state.counts > 0), state.mean_norms, -1.0)
     order = pull.argsort(descending=True, stable=True)[:room]
     chosen = torch.zeros_like(keep)
-    chosen[order] = pull[order] >= threshold
+    chosen[order] = pull[order] >= max(threshold, 0)
     return chosen
 
-
-def _grow_by_gradient(scene: Gaussians2D, state: DensificationState, config: DensifyConfig, keep: Tensor, blend: Blend) -> tuple[_Rows, int, int]:
-    "Survivors, then copies, then two rows of children: the rows, how many were cloned, how many split."
-    chosen = _choose(state, keep, config.grad_threshold, max(0, config.max_gaussians - int(keep.sum())))
+# %% ../nbs/05_densify.ipynb #gradient-round
+def _grow_by_gradient(
+    scene: Gaussians2D,
+    state: DensificationState,
+    config: DensifyConfig,
+    keep: Tensor,  # (N,) False for those that are pruned
+    blend: Blend,
+) -> tuple[_Rows, int, int]:  # the rows, how many were cloned, how many split
+    "Survivors, then copies, then the children: first one of each pair, then the other."
+    room = max(0, config.max_gaussians - int(keep.sum()))
+    chosen = _choose(state, keep, config.grad_threshold, room)
     large = scene.scales.amax(dim=-1) > config.scale_threshold * max(scene.domain.width, scene.domain.height)
     cloned, split = chosen & ~large, chosen & large
     stay, copies, parents = (mask.nonzero()[:, 0] for mask in (keep & ~split, cloned, split))
@@ -266,14 +282,14 @@ def _grow_by_gradient(scene: Gaussians2D, state: DensificationState, config: Den
 
 # %% ../nbs/05_densify.ipynb #error-sample
 def _sample_pixels(power: Tensor, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    "(n,) pixel numbers drawn in proportion to `power` (P,), one from each n-th part of its sum, and (n, 2) uniform numbers."
+    "(n,) pixels in proportion to `power` (P,), one from each n-th part of its sum; and (n, 2) uniform numbers."
     cumulative = power.cumsum(0)
     uniform = torch.rand(n, 3, generator=generator, device=generator.device, dtype=torch.float64).cpu()
-    parts = (torch.arange(n, dtype=torch.float64) + uniform[:, 0]) / n
+    parts = (torch.arange(n, dtype=torch.float64) + uniform[:, 0]) / max(n, 1)
     pixels = torch.searchsorted(cumulative, parts * cumulative[-1], right=True)
     return pixels.clamp(max=len(power) - 1), uniform[:, 1:]
 
-
+# %% ../nbs/05_densify.ipynb #error-new
 def _sample_error(
     scene: Gaussians2D,
     image: Tensor,  # (H, W, C)
@@ -282,18 +298,19 @@ def _sample_error(
     generator: torch.Generator,
     blend: Blend,
 ) -> dict[str, Tensor]:  # parameter name -> (n, ...)
-    "New Gaussians where the squared error is. Drawn on the CPU, so that a seed means the same on every device."
+    "New Gaussians where the squared error is. Drawn on the CPU: a seed means the same on every device."
     height, width, channels = target.shape
     residual, domain = (target - image).cpu(), scene.domain
     power = residual.double().square().sum(-1).reshape(-1).nan_to_num(0.0, 0.0, 0.0)
     n = n if power.sum() > 0 else 0
-    pixels, jitter = _sample_pixels(power, n, generator) if n else (torch.zeros(0, dtype=torch.long), torch.zeros(0, 2))
+    pixels, jitter = _sample_pixels(power, n, generator)
     x, y = (pixels % width + jitter[:, 0]) / width, (pixels // width + jitter[:, 1]) / height
     spacing = math.sqrt(domain.width * domain.height / (len(scene) + max(n, 1)))
     std = max(spacing / 5, 0.5 * domain.width / width)
-    ink = residual if blend is Blend.ADDITIVE else target.cpu()
+    ink = residual if blend == Blend.ADDITIVE else target.cpu()
+    means = torch.stack([domain.x_dim[0] + x * domain.width, domain.y_dim[1] - y * domain.height], -1)
     rows = dict(
-        means=torch.stack([domain.x_dim[0] + x * domain.width, domain.y_dim[1] - y * domain.height], -1),
+        means=means,
         log_scales=torch.full((n, 2), math.log(std)),
         rotations=torch.zeros(n),
         opacity_logits=torch.zeros(n),  # opacity ½: adds half the residual, or goes half-way to the target's colour
@@ -301,8 +318,16 @@ def _sample_error(
     )
     return {name: rows[name].to(scene.means) for name in PARAMETER_NAMES}
 
-
-def _grow_by_error(scene: Gaussians2D, config: DensifyConfig, keep: Tensor, image: Tensor, target: Tensor, generator: torch.Generator, blend: Blend) -> _Rows:
+# %% ../nbs/05_densify.ipynb #error-round
+def _grow_by_error(
+    scene: Gaussians2D,
+    config: DensifyConfig,
+    keep: Tensor,  # (N,) False for those that are pruned
+    image: Tensor,  # (H, W, C)
+    target: Tensor,  # (H, W, C)
+    generator: torch.Generator,
+    blend: Blend,
+) -> _Rows:
     "Survivors, then new Gaussians where the error is."
     stay = keep.nonzero()[:, 0]
     n = min(max(0, config.max_gaussians - len(stay)), math.ceil(config.growth * len(stay)))
@@ -311,22 +336,24 @@ def _grow_by_error(scene: Gaussians2D, config: DensifyConfig, keep: Tensor, imag
     source = torch.cat([stay, stay.new_full((len(added["means"]),), -1)])
     return _Rows(values, source, source < 0)
 
-# %% ../nbs/05_densify.ipynb #densify
+# %% ../nbs/05_densify.ipynb #check-call
 def _check_call(scene, optimizer, state, config, generator, image, target) -> None:
     if len(state) != len(scene):
         raise ValueError(f"expected the state of {len(scene)} Gaussians, got one of {len(state)}")
     if optimizer is not None:
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if not any(id(parameter) in held for parameter in scene.parameters()):
-            raise ValueError("expected the optimizer that trains this scene, got one that holds none of its parameters")
-    if config.strategy is DensifyStrategy.ERROR:
-        missing = [name for name, value in dict(generator=generator, image=image, target=target).items() if value is None]
+            raise ValueError("expected the optimizer of this scene, got one that holds none of its parameters")
+    if config.strategy == DensifyStrategy.ERROR:
+        given = dict(generator=generator, image=image, target=target)
+        missing = [name for name, value in given.items() if value is None]
         if missing:
             raise ValueError(f"DensifyStrategy.ERROR: expected generator, image and target, got no {', '.join(missing)}")
         if image.shape != target.shape:
-            raise ValueError(f"expected image and target of one shape, got {tuple(image.shape)} and {tuple(target.shape)}")
+            shapes = f"{tuple(image.shape)} and {tuple(target.shape)}"
+            raise ValueError(f"expected image and target of one shape, got {shapes}")
 
-
+# %% ../nbs/05_densify.ipynb #densify
 @torch.no_grad()
 def densify(
     scene: Gaussians2D,  # changed in place: its five parameters are replaced
@@ -338,20 +365,21 @@ def densify(
     target: Tensor | None = None,  # (H, W, C) what it should be, for ERROR
     blend: Blend = Blend.WEIGHTED,
 ) -> DensifyReport:
-    """One round: prune the faint, then clone and split those that are pulled hard, or add new ones where the error is.
+    """One round: prune the faint; then clone and split the hard-pulled, or add new ones where the error is.
 
-    Survivors keep Adam's moments bit for bit, clones inherit their parent's, split children and added Gaussians start from zero.
+    Survivors keep Adam's moments bit for bit, clones inherit their parent's, children and added ones start from zero.
+    The learning rates, the step counters and `requires_grad` stay as they are.
     """
     _check_call(scene, optimizer, state, config, generator, image, target)
     blend, n_before = Blend(blend), len(scene)
     keep = _rows_to_keep(scene, config.opacity_threshold, blend)
     n_cloned = n_split = n_added = 0
-    if config.strategy is DensifyStrategy.GRADIENT:
+    if config.strategy == DensifyStrategy.GRADIENT:
         rows, n_cloned, n_split = _grow_by_gradient(scene, state, config, keep, blend)
     else:
         rows = _grow_by_error(scene, config, keep, image, target, generator, blend)
         n_added = int((rows.source < 0).sum())
-    if blend is Blend.OVER:  # order is depth: a copy stays beside its parent, what is added goes in front
+    if blend == Blend.OVER:  # order is depth: a copy stays beside its parent, what is added goes in front
         rows = rows.reordered(rows.source.argsort(stable=True))
     _replace_rows(scene, optimizer, rows)
     state.reset(len(scene))

@@ -113,16 +113,6 @@ def _to_array(picture: np.ndarray) -> np.ndarray:
     return picture.astype(np.float32).clip(0, 1)
 
 # %% ../nbs/02_ground_truth.ipynb #beat4-decode
-MAX_PIXELS = 178_956_970  # where Pillow itself refuses to open a file; as float32 RGB that many take 2 GB
-
-
-def _check_size(image: Image.Image, what: str) -> None:
-    "An error before a single pixel is decoded, if there are none or absurdly many."
-    width, height = image.size
-    if width < 1 or height < 1 or width * height > MAX_PIXELS:
-        raise ValueError(f"{what}: expected 1 to {MAX_PIXELS:,} pixels, got {height}×{width}")
-
-
 def _decode(image: Image.Image, what: str) -> np.ndarray:
     "(H, W, 1|3|4) float32 in [0, 1] from a Pillow image of any mode, turned upright by its EXIF tag."
     image = ImageOps.exif_transpose(image)
@@ -141,6 +131,16 @@ def _decode(image: Image.Image, what: str) -> np.ndarray:
         return _to_array(np.asarray(image.convert(mode)))
     except ValueError:
         raise ValueError(f"{what}: expected a mode that Pillow turns into {mode}, got {image.mode}") from None
+
+# %% ../nbs/02_ground_truth.ipynb #beat4-size
+MAX_PIXELS = 178_956_970  # where Pillow itself refuses to open a file; as float32 RGB that many take 2 GB
+
+
+def _check_size(image: Image.Image, what: str) -> None:
+    "An error before a single pixel is decoded, if there are none or absurdly many."
+    width, height = image.size
+    if width < 1 or height < 1 or width * height > MAX_PIXELS:
+        raise ValueError(f"{what}: expected 1 to {MAX_PIXELS:,} pixels, got {height}×{width}")
 
 # %% ../nbs/02_ground_truth.ipynb #beat4-open
 def _read(picture) -> np.ndarray:

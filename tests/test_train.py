@@ -2,8 +2,6 @@
 import dataclasses
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -135,8 +133,11 @@ def test_config_does_not_share_its_dict_with_the_caller():
 
 def test_auto_takes_the_best_device_there_is(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert resolve_device("auto").type == "cuda"
+    assert resolve_device("auto").type == "cuda" and resolve_device("cuda:0").index == 0
+    with pytest.raises(ValueError, match="available here .cuda:0, mps, cpu., got 'cuda:1'"):
+        resolve_device("cuda:1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert resolve_device("auto").type == "mps"
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
@@ -282,12 +283,16 @@ def test_the_same_configuration_gives_the_same_bytes():
 
 
 def test_the_number_of_threads_does_not_matter():
-    code = ("import sys, torch; torch.set_num_threads(int(sys.argv[1]))\n"
-            "from gs2d.train import train, TrainConfig\n"
-            "r = train(TrainConfig(n_gaussians=8, height=64, width=80, n_iterations=8, device='cpu'), progress=False)\n"
-            "print([t[:-1] for t in r.history], [p.tolist() for p in r.scene.parameters()])")
-    outputs = [subprocess.run([sys.executable, "-c", code, n], capture_output=True, text=True, check=True).stdout for n in "12"]
-    assert outputs[0] == outputs[1]
+    config = change(height=112, width=128, n_iterations=5)  # more than the 2¹⁵ numbers from which torch shares a sum out
+    before, outcomes = torch.get_num_threads(), []
+    try:
+        for n_threads in (1, 2):
+            torch.set_num_threads(n_threads)
+            result = train(config, progress=False)
+            outcomes.append((numbers_of(result.history), bytes_of(result.scene)))
+    finally:
+        torch.set_num_threads(before)
+    assert outcomes[0] == outcomes[1]
 
 
 def test_random_does_not_start_at_the_truth():
@@ -370,7 +375,7 @@ def stops_at(step, action):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_advice(value):
     trainer = new_trainer(change(loss=stops_at(3, lambda image: image.mean() * value)))
-    with pytest.raises(FloatingPointError, match=rf"step 3: the loss is -?{value}.*smaller learning rate than lr=0.01"):
+    with pytest.raises(FloatingPointError, match=rf"step 3: .*got a loss of {value}\. .*smaller learning rate than lr=0.01"):
         run(trainer, progress=False)
     result = trainer.result()
     assert len(result.history) == 3 and math.isfinite(result.psnr)
@@ -380,7 +385,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_advice(value):
 def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_scene():
     # sqrt(0) is a fine value with an infinite slope, and 0 · inf is NaN
     trainer = new_trainer(change(loss=stops_at(2, lambda image: (image * 0).abs().sum().sqrt() + image.mean())))
-    with pytest.raises(FloatingPointError, match="step 2: the gradient is not finite"):
+    with pytest.raises(FloatingPointError, match="step 2: .* with a gradient that is not"):
         run(trainer, progress=False)
     assert all(parameter.isfinite().all() for parameter in trainer.scene.parameters())
 
@@ -421,7 +426,7 @@ def test_exact_starts_at_zero_loss_and_the_levels_end_in_order():
     levels = [InitLevel.EXACT, InitLevel.NOISY, InitLevel.POSITIONS_ONLY, InitLevel.RANDOM]
     means = [sum(final(level, seed) for seed in range(3)) / 3 for level in levels]
     assert means == sorted(means, reverse=True), means
-    assert means[1] > 40, "decibels: below one grey level (48 dB) is out of reach of so few steps, 40 is not"
+    assert means[1] > 40, "40 dB is an error of a hundredth of full scale"
 
 
 def test_the_call_people_make(tmp_path):
