@@ -74,7 +74,7 @@ def _fill(builder, value):
 def _number_to_lanes(context, builder, from_type, to_type, value):
     return _fill(builder, context.cast(builder, value, from_type, types.float32))
 
-
+# %% ../nbs/11_cpu_kernels.ipynb #lanes-ops-register
 def _register_operator(symbol, instruction):
     infer_global(symbol)(type("_LanesOperator", (ConcreteTemplate,), {"cases": [signature(_lanes, _lanes, _lanes)]}))
     lower_builtin(symbol, _lanes, _lanes)(lambda context, builder, sig, args: getattr(builder, instruction)(*args))
@@ -93,7 +93,7 @@ def _pointer(context, builder, sig, args):
 def _part(builder, pointer, k):
     return builder.gep(pointer, [ir.Constant(ir.IntType(64), k)])
 
-
+# %% ../nbs/11_cpu_kernels.ipynb #memory-load
 @intrinsic
 def load(typingctx, array, index):
     "The lanes array[index], array[index + 1], …"
@@ -103,7 +103,7 @@ def load(typingctx, array, index):
 
     return signature(_lanes, array, types.intp), emit
 
-
+# %% ../nbs/11_cpu_kernels.ipynb #memory-store
 @intrinsic
 def store(typingctx, array, index, value):
     "array[index : index + LANES] = value"
@@ -125,7 +125,7 @@ def fma(typingctx, a, b, c):
     "a·b + c, rounded once where the processor can"
     return signature(_lanes, _lanes, _lanes, _lanes), lambda context, builder, sig, args: _fused(builder, *args)
 
-
+# %% ../nbs/11_cpu_kernels.ipynb #select-where
 @intrinsic
 def where_le(typingctx, a, b, yes, no):
     "Lane by lane: yes where a <= b, no elsewhere. A NaN is never <=."
@@ -135,7 +135,7 @@ def where_le(typingctx, a, b, yes, no):
 
     return signature(_lanes, _lanes, _lanes, _lanes, _lanes), emit
 
-
+# %% ../nbs/11_cpu_kernels.ipynb #select-fill
 @intrinsic
 def fill(typingctx, number):
     "The same number in every lane."
@@ -148,7 +148,7 @@ def ramp(typingctx):
     positions = [float(k) for k in range(LANES)]
     return signature(_lanes), lambda context, builder, sig, args: ir.Constant(_VECTOR, positions)
 
-
+# %% ../nbs/11_cpu_kernels.ipynb #select-total
 @intrinsic
 def total(typingctx, value):
     "The sum of all lanes."
@@ -174,7 +174,7 @@ def _compiled(function):
 
 _inlined = njit(nogil=True, error_model="numpy", forceinline=True)
 
-
+# %% ../nbs/11_cpu_kernels.ipynb #exp-power
 @intrinsic
 def _times_power_of_two(typingctx, value, power):
     "value · 2ⁿ, where n is in the low bits of `power`"
@@ -286,7 +286,7 @@ def _edge(g, x):
     half = g[10] * math.sqrt(max(np.float32(0), np.float32(1.0000004) - dx * dx * g[11]))
     return dx, g[9] * dx - half, g[9] * dx + half
 
-
+# %% ../nbs/11_cpu_kernels.ipynb #strip-rows
 @_inlined
 def _strip_rows(g, x, top, end):
     "The part of rows top…end that the ellipse can reach within the strip of LANES columns that begins at x."
@@ -301,7 +301,7 @@ def _strip_rows(g, x, top, end):
         y1 = int(min(g[1] + max(high_left, high_right) + g[12] + np.float32(0.5), np.float32(end)))
     return y0, y1
 
-
+# %% ../nbs/11_cpu_kernels.ipynb #row-length
 _PADDING = 16  # numbers behind each row: a vector may begin at its last pixel, a window of TAPS at the last vector
 
 
@@ -326,7 +326,7 @@ def _load_three(typingctx, array, index):
 
     return signature(types.UniTuple(_lanes, 3), array, types.intp), emit
 
-
+# %% ../nbs/11_cpu_kernels.ipynb #rgb-store
 @intrinsic
 def _store_three(typingctx, array, index, red, green, blue):
     "The inverse of _load_three."
@@ -436,7 +436,7 @@ class _Pool:
         while True:
             self.calls.get()()
 
-
+# %% ../nbs/11_cpu_kernels.ipynb #threads-fork
 _pool = _Pool()
 
 
@@ -470,7 +470,7 @@ def _run(kernel, cuts, *args):
         if result is not None:
             raise result
 
-
+# %% ../nbs/11_cpu_kernels.ipynb #run-cuts
 def _even_cuts(count, least):
     "Cut 0…count into a piece for each of PyTorch's threads, none smaller than `least`."
     pieces = max(1, min(torch.get_num_threads(), count // least))
@@ -497,7 +497,7 @@ def _state_shape(height, width, mode):
     "Per-pixel numbers kept for the way back: none; 1/(Σ o w + ε); transmittance and the last entry that counted."
     return mode, height, _row_length.py_func(width) - _PADDING
 
-
+# %% ../nbs/11_cpu_kernels.ipynb #forward-host-run
 def _rasterize_forward(means, conics, opacities, colors, background, height, width, mode):
     packed, rows = torch.zeros(len(means), 16), torch.zeros(len(means), 2, dtype=torch.int32)
     image, state = torch.empty(height, width, 3), torch.empty(_state_shape(height, width, mode))
@@ -531,7 +531,7 @@ def _gradient_planes(start, stop, grad, image, inverse, weighted, height, width,
             store(planes, at + length, green)
             store(planes, at + 2 * length, blue)
 
-
+# %% ../nbs/11_cpu_kernels.ipynb #geometry
 @_inlined
 def _write_geometry(i, g, s, sx, sy, sxx, sxy, syy, d_means, d_conics, d_opacities):
     "From the moments of h to the gradients of opacity, mean and conic."
@@ -587,7 +587,7 @@ def _finish_over(top, end, planes, length, background, height, width, image, sta
             store(state, out, light)
             store(state, area + out, load(planes, at + 4 * length))
 
-
+# %% ../nbs/11_cpu_kernels.ipynb #over-begin
 @_inlined
 def _begin_replay(top, end, planes, length, background, grad, height, width, state):
     "Six planes a row: gradient red, green, blue; light left; light from behind, times the gradient; last entry."
@@ -746,7 +746,7 @@ def _read_row(image, y, width, planes, length):
         store(planes, at + length, green)
         store(planes, at + 2 * length, blue)
 
-
+# %% ../nbs/11_cpu_kernels.ipynb #statistics-checksum
 @_compiled
 def _fingerprint(start, stop, bits, block, sums):
     "A checksum for each block of numbers; the place of every bit counts."
@@ -756,7 +756,7 @@ def _fingerprint(start, stop, bits, block, sums):
             h += np.uint64(bits[i]) * (np.uint64(i) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0xD1B54A32D192ED03))
         sums[k] = h
 
-
+# %% ../nbs/11_cpu_kernels.ipynb #statistics-target
 @_compiled
 def _statistics(start, stop, target, window, fit_height, fit_width, height, width, statistics):
     "Local mean and variance of the target, window rows start…stop."
@@ -899,7 +899,7 @@ def _window(height, width):
     weights[:size] = np.exp(-0.5 * ((np.arange(size) - size // 2) / 1.5) ** 2)
     return (weights / weights.sum()).astype(np.float32), height - size + 1, width - size + 1
 
-
+# %% ../nbs/11_cpu_kernels.ipynb #loss-target
 def _target_statistics(target):
     "Computed once for a target, and again only if its content changes; forgotten together with it."
     (height, width, _), numbers, block = target.shape, _flat(target), 1 << 16
@@ -914,7 +914,7 @@ def _target_statistics(target):
         _known_targets[key] = weakref.ref(target, lambda _: _known_targets.pop(key, None)), content, statistics
     return statistics
 
-
+# %% ../nbs/11_cpu_kernels.ipynb #loss-forward
 def _loss_forward(image, target, l1_weight, ssim_weight, channels, with_grad):
     height, width, _ = image.shape
     window, fit_height, fit_width = _window(height, width)
@@ -940,7 +940,7 @@ def _operator(name, arguments, function, fake):
     _library.impl(name, function, "CPU")
     torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_library)
 
-
+# %% ../nbs/11_cpu_kernels.ipynb #operators-shapes
 def _rasterize_shapes(means, conics, opacities, colors, background, height, width, mode):
     n = means.shape[0]
     shapes = (height, width, 3), (n, 16), (n, 2), _state_shape(height, width, mode)
@@ -954,7 +954,7 @@ def _rasterize_backward_shapes(grad, image, packed, rows, state, background, mod
 def _loss_shapes(image, target, l1_weight, ssim_weight, channels, with_grad):
     return image.new_empty(()), image.new_empty(3), image.new_empty(image.shape if with_grad else (0, 0, 3))
 
-
+# %% ../nbs/11_cpu_kernels.ipynb #operators-define
 _operator("rasterize", "(Tensor means, Tensor conics, Tensor opacities, Tensor colors, Tensor background, "
           f"int height, int width, int mode) {_RETURNS_FOUR}", _rasterize_forward, _rasterize_shapes)
 _operator("rasterize_backward", "(Tensor grad, Tensor image, Tensor packed, Tensor rows, Tensor state, "
@@ -982,7 +982,7 @@ def _rasterize_gradient(ctx, grad, *_):
     four = _operators.rasterize_backward(grad, image, packed, rows, state, background, ctx.mode)
     return *four, behind, None, None, None
 
-
+# %% ../nbs/11_cpu_kernels.ipynb #gradients-loss
 def _keep_loss(ctx, inputs, output):
     ctx.save_for_backward(output[2])
     ctx.mark_non_differentiable(*output[1:])
@@ -1007,7 +1007,7 @@ def _groups_of_three(*tensors):
         real = min(3, channels - k)
         yield *(F.pad(tensor[..., k : k + 3], (0, 3 - real)) for tensor in tensors), real
 
-
+# %% ../nbs/11_cpu_kernels.ipynb #public-rasterize-real
 def rasterize(
     screen: ScreenGaussians,  # float32 tensors on the CPU
     height: int,  # pixels
@@ -1044,7 +1044,7 @@ def photometric(
         results.append((value * (real / channels), scores * (real / channels)))
     return tuple(sum(column) for column in zip(*results))
 
-
+# %% ../nbs/11_cpu_kernels.ipynb #public-ssim
 def ssim(
     image: Tensor,  # (H, W, C) float32 on the CPU
     target: Tensor,  # (H, W, C)

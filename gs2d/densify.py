@@ -209,7 +209,7 @@ class DensifyConfig:
     clone_shift: float = 0.5  # how far downhill a clone starts from its parent, standard deviations
     growth: float = 0.5  # ERROR: new Gaussians in a round, as a fraction of those there are
     start_step: int = 0  # no round before this step
-    stop_fraction: float = 0.7  # no round after this fraction of all steps
+    stop_fraction: float = 0.5  # no round after this fraction of all steps; 3DGS stops half-way too
 
     def __post_init__(self):
         known = [strategy.value for strategy in DensifyStrategy]
@@ -308,7 +308,7 @@ def _sample_error(
     spacing = math.sqrt(domain.width * domain.height / (len(scene) + max(n, 1)))
     std = max(spacing / 5, 0.5 * domain.width / width)
     ink = residual if blend == Blend.ADDITIVE else target.cpu()
-    means = torch.stack([domain.x_dim[0] + x * domain.width, domain.y_dim[1] - y * domain.height], -1)
+    means = torch.stack([domain.x_dim[0] + x * domain.width, domain.y_dim[1] - y * domain.height], -1).float()
     rows = dict(
         means=means,
         log_scales=torch.full((n, 2), math.log(std)),

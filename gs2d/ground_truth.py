@@ -127,10 +127,7 @@ def _decode(image: Image.Image, what: str) -> np.ndarray:
     clear = clear or (image.mode == "P" and image.palette is not None and image.palette.mode.endswith("A"))
     image = image.convert("LA") if image.mode == "La" else image
     mode = "RGBA" if clear else "L" if image.mode in ("1", "L") else "RGB"
-    try:
-        return _to_array(np.asarray(image.convert(mode)))
-    except ValueError:
-        raise ValueError(f"{what}: expected a mode that Pillow turns into {mode}, got {image.mode}") from None
+    return _to_array(np.asarray(image.convert(mode)))
 
 # %% ../nbs/02_ground_truth.ipynb #beat4-size
 MAX_PIXELS = 178_956_970  # where Pillow itself refuses to open a file; as float32 RGB that many take 2 GB
@@ -158,14 +155,15 @@ def _read(picture) -> np.ndarray:
                 try:
                     image.load()
                 except (OSError, SyntaxError, ValueError, EOFError, LookupError, struct.error) as error:
-                    raise ValueError(f"{what}: expected a whole picture, got a truncated or damaged one ({error})") from None
+                    raise ValueError(f"{what}: expected a whole picture, got a damaged one ({error})") from None
                 return _decode(image, what)
     except Image.DecompressionBombError as error:
         raise ValueError(f"{what}: expected 1 to {MAX_PIXELS:,} pixels, got more ({error})") from None
     except UnidentifiedImageError:
         raise ValueError(f"{what}: not a picture, or not in a format that Pillow reads") from None
-    except OSError as error:
-        raise ValueError(f"{what}: expected a picture file that can be read, got {error.strerror or error}") from None
+    except OSError as error:  # with a number it comes from the system, without from a decoder
+        expected = "a whole picture, got a damaged one" if error.errno is None else "a file that can be read"
+        raise ValueError(f"{what}: expected {expected} ({error.strerror or error})") from None
 
 # %% ../nbs/02_ground_truth.ipynb #beat4-composite
 def check_background(background) -> tuple[float, float, float]:

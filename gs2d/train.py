@@ -287,7 +287,7 @@ def _set_learning_rates(trainer: "Trainer") -> float:
 # %% ../nbs/06_train.ipynb #parts-measure
 @torch.no_grad()
 def _measure(trainer: "Trainer", loss: Tensor) -> tuple[float, float]:
-    "Loss and PSNR of the picture just rendered, as numbers. FloatingPointError if the loss or its gradient is not finite."
+    "Loss and PSNR of the picture just rendered. FloatingPointError if the loss or its gradient is not finite."
     squares = torch.clamp(trainer.image, 0, 1, out=trainer._buffer).sub_(trainer._clamped_target).square_()
     slopes = [p.grad.reshape(-1) for p in trainer.scene.parameters() if p.grad is not None]
     numbers = torch.stack([loss, squares.mean(dim=(1, 2)).mean(), torch.cat(slopes).sum()])
@@ -352,7 +352,7 @@ class Trainer:
         self._render = torch.compile(render) if compiled else render
 
     def step(self) -> StepRecord:
-        "One optimisation step. FloatingPointError, with the scene left as it is, if the loss or its gradient is not finite."
+        "One optimisation step. FloatingPointError, and no change, if the loss or its gradient is not finite."
         start, config = time.perf_counter(), self.config
         lr = _set_learning_rates(self)
         image = self._render(self.scene, config.height, config.width, config.blend, self._background)
@@ -403,7 +403,7 @@ class Trainer:
         path: str | os.PathLike,
         device: str | None = None,  # None takes the one in the saved configuration
     ) -> "Trainer":
-        "Read a checkpoint. On one machine's CPU, what follows has the same bytes as if training had never stopped."
+        "Read a checkpoint. On one machine's CPU the run ends in the same bytes as if it had never stopped."
         return _load_checkpoint(Path(path), device)
 
     def __repr__(self) -> str:
@@ -515,7 +515,7 @@ def train(
     ground_truth: GroundTruth | None = None,  # None: a random scene drawn from config.seed
     progress: bool = True,  # a bar, and about ten lines in a run, on stderr
 ) -> TrainResult:
-    "Find Gaussians that render to the ground truth. On one machine's CPU, the same configuration gives the same bytes."
+    "Find Gaussians that render to the ground truth. One machine's CPU gives the same bytes every time."
     if ground_truth is None:
         ground_truth = GroundTruth.random(
             config.n_gaussians, config.height, config.width, seed=config.seed, blend=config.blend)
