@@ -190,9 +190,8 @@ def _times_power_of_two(typingctx, value, power):
 _CUTOFF = np.float32(CUTOFF_POWER)
 _TO_POWER_OF_TWO = np.float32(-0.5 / math.log(2))
 _ROUND = np.float32(1.5 * 2**23)
-# Chebyshev fit of 2^f on [-1/2, 1/2]; its error is below the rounding of float32
-_E0, _E1, _E2, _E3, _E4, _E5 = np.polynomial.Chebyshev.interpolate(
-    np.exp2, 5, domain=[-0.5, 0.5]).convert(kind=np.polynomial.Polynomial).coef.astype(np.float32)
+# 2^f = 1 + f·r(f) on [-1/2, 1/2]: coefficients of r with the least largest error, 9e-8, and exactly 1 at f = 0
+_E1, _E2, _E3, _E4, _E5 = np.float32([0.693146978, 0.240222421, 0.0555073374, 0.00967151266, 0.00132647269])
 
 
 @_inlined
@@ -200,7 +199,7 @@ def falloff(q):
     "exp(-q/2) up to the cut-off, and exactly 0 beyond"
     n = fma(q, _TO_POWER_OF_TWO, _ROUND)
     f = fma(q, _TO_POWER_OF_TWO, _ROUND - n)
-    p = fma(fma(fma(fma(fma(f, _E5, _E4), f, _E3), f, _E2), f, _E1), f, _E0)
+    p = fma(fma(fma(fma(fma(f, _E5, _E4), f, _E3), f, _E2), f, _E1), f, 1.0)
     return where_le(q, _CUTOFF, _times_power_of_two(p, n), 0.0)
 
 # %% ../nbs/11_cpu_kernels.ipynb #prepare
@@ -211,8 +210,8 @@ BAND = 32  # rows that one thread owns at a time
 def _prepare(start, stop, means, conics, opacities, colors, height, width, packed, rows):
     """Pack what the loops need of Gaussians start…stop, and find the rows and columns that each can reach.
 
-    packed[i] = mean x, mean y, a, 2b, c, opacity, red, green, blue | slope and half-height of the middle line, 1/reach_x²,
-    margin, first and last column, column of the crest; rows[i] = first row, last row + 1 (both 0: reaches nothing).
+    packed[i] = mean x, mean y, a, 2b, c, opacity, red, green, blue; then slope and half-height of the middle line,
+    1/reach_x², margin, first column, last column + 1, offset of the crest. rows[i] = first row, last row + 1.
     """
     for i in range(start, stop):
         mx, my = np.float64(means[2 * i]), np.float64(means[2 * i + 1])
@@ -248,8 +247,8 @@ def _work_per_row(g):
 def _bin(rows, packed, height):
     """Which Gaussians touch which band, by a counting sort.
 
-    Band b has entries[first[b] : first[b + 1]]; Gaussian i has slots[i + 1] - slots[i] entries in all; `order` lists the
-    visible Gaussians by the band that they begin in; band_work and work are running totals over bands and over `order`.
+    Band b has entries[first[b] : first[b + 1]]; Gaussian i has slots[i + 1] - slots[i] entries in all; `order` lists
+    visible Gaussians by the band they begin in; band_work and work are running totals over bands and over `order`.
     """
     n, bands = len(rows), (height + BAND - 1) // BAND
     first, begin = np.zeros(bands + 1, np.int64), np.zeros(bands + 1, np.int64)
@@ -262,7 +261,8 @@ def _bin(rows, packed, height):
             for band in range(top // BAND, (end - 1) // BAND + 1):
                 first[band + 1] += 1
                 slots[i + 1] += 1
-                band_work[band + 1] += _work_per_row(packed[i]) * (min(end, (band + 1) * BAND) - max(top, band * BAND))
+                shared = min(end, (band + 1) * BAND) - max(top, band * BAND)
+                band_work[band + 1] += _work_per_row(packed[i]) * shared
     first, begin, band_work = np.cumsum(first), np.cumsum(begin), np.cumsum(band_work)
     entries, order = np.empty(first[bands], np.int32), np.empty(begin[bands], np.int32)
     next_entry, next_begin, work = first.copy(), begin.copy(), np.zeros(begin[bands] + 1, np.float64)
@@ -377,10 +377,11 @@ def _finish_splat(top, end, sums, length, background, weighted, width, image, in
             if weighted:
                 share = 1.0 / (load(sums, at + 3 * length) + _EPS)
                 store(inverse, y * (length - _PADDING) + x, share)
-                red, green, blue = red + _EPS * background[0], green + _EPS * background[1], blue + _EPS * background[2]
-                _write_pixels(image, y, x, width, red * share, green * share, blue * share)
+                red, green = (red + _EPS * background[0]) * share, (green + _EPS * background[1]) * share
+                _write_pixels(image, y, x, width, red, green, (blue + _EPS * background[2]) * share)
             else:
-                _write_pixels(image, y, x, width, red + background[0], green + background[1], blue + background[2])
+                red, green, blue = red + background[0], green + background[1], blue + background[2]
+                _write_pixels(image, y, x, width, red, green, blue)
 
 # %% ../nbs/11_cpu_kernels.ipynb #forward
 _EPS = np.float32(WEIGHT_EPS)
@@ -570,7 +571,8 @@ def _splat_backward(start, stop, order, packed, rows, planes, weighted, width, d
             s, sx, sy, sxx, sxy = s + column, sx + hx, sy + column_y, fma(hx, dx, sxx), fma(column_y, dx, sxy)
         _write_geometry(i, packed[i], total(s), total(sx), total(sy), total(sxx), total(sxy), total(syy),
                         d_means, d_conics, d_opacities)
-        d_colors[3 * i], d_colors[3 * i + 1], d_colors[3 * i + 2] = opacity * total(reds), opacity * total(greens), opacity * total(blues)
+        d_colors[3 * i], d_colors[3 * i + 1] = opacity * total(reds), opacity * total(greens)
+        d_colors[3 * i + 2] = opacity * total(blues)
 
 # %% ../nbs/11_cpu_kernels.ipynb #over-finish
 @_inlined
@@ -581,7 +583,8 @@ def _finish_over(top, end, planes, length, background, height, width, image, sta
         for x in range(0, width, LANES):
             at, out = (y - top) * 5 * length + x, y * (length - _PADDING) + x
             light = load(planes, at + 3 * length)
-            red, green = fma(light, background[0], load(planes, at)), fma(light, background[1], load(planes, at + length))
+            red = fma(light, background[0], load(planes, at))
+            green = fma(light, background[1], load(planes, at + length))
             blue = fma(light, background[2], load(planes, at + 2 * length))
             _write_pixels(image, y, x, width, red, green, blue)
             store(state, out, light)
@@ -693,7 +696,8 @@ def _over_gather(start, stop, slots, packed, partial, d_means, d_conics, d_opaci
         sums[:] = 0
         for k in range(slots[i], slots[i + 1]):
             sums += partial[k]
-        _write_geometry(i, packed[i], sums[0], sums[1], sums[2], sums[3], sums[4], sums[5], d_means, d_conics, d_opacities)
+        _write_geometry(i, packed[i], sums[0], sums[1], sums[2], sums[3], sums[4], sums[5],
+                        d_means, d_conics, d_opacities)
         d_colors[3 * i], d_colors[3 * i + 1], d_colors[3 * i + 2] = sums[6], sums[7], sums[8]
 
 # %% ../nbs/11_cpu_kernels.ipynb #backward-host
@@ -710,14 +714,15 @@ def _rasterize_backward(grad, image, packed, rows, state, background, mode):
         _run(_over_gather, _even_cuts(n, 4000), slots, packed.numpy(), partial, *outs)
     else:
         planes, weighted = torch.empty(height * 4 * _row_length.py_func(width)).numpy(), mode == _WEIGHTED
-        _run(_gradient_planes, _even_cuts(height, 64), _flat(grad), _flat(image), _flat(state), weighted, height, width, planes)
+        pixels = _flat(grad), _flat(image), _flat(state), weighted, height, width
+        _run(_gradient_planes, _even_cuts(height, 64), *pixels, planes)
         _run(_splat_backward, _fair_cuts(work), order, *gaussians, planes, weighted, width, *outs)
     return grads
 
 # %% ../nbs/11_cpu_kernels.ipynb #correlate
 @intrinsic
 def correlate(typingctx, array, index, weights):
-    "Σₖ weights[k] · array[index + k : index + k + LANES], over TAPS weights: two or three loads, the rest are shifts."
+    "Σₖ weights[k] · array[index + k : index + k + LANES] over TAPS weights: few loads, the rest are shifts."
 
     def emit(context, builder, sig, args):
         pointer, result = _pointer(context, builder, sig, args), _fill(builder, ir.Constant(ir.FloatType(), 0.0))
@@ -777,7 +782,8 @@ def _statistics(start, stop, target, window, fit_height, fit_width, height, widt
                 store(column, x, mean)
                 store(column, length + x, square)
             for x in range(0, fit_width, LANES):
-                mean, square, at = correlate(column, x, window), correlate(column, length + x, window), (3 * y + c) * 2 * length + x
+                at = (3 * y + c) * 2 * length + x
+                mean, square = correlate(column, x, window), correlate(column, length + x, window)
                 store(statistics, at, mean)
                 store(statistics, at + length, square - mean * mean)
 
@@ -854,7 +860,7 @@ _LOSS_BAND = 64
 @_compiled
 def _loss_bands(start, stop, image, target, statistics, window, fit_height, fit_width, scales, with_grad, channels,
                 height, width, gradient, sums):
-    "Sums of SSIM, |x - y| and (x - y)² over bands start…stop, and the gradient of scales[0]·ΣSSIM + scales[1]·Σ|x - y|."
+    "Sums of SSIM, |x - y| and (x - y)² over bands start…stop; gradient of scales[0]·ΣSSIM + scales[1]·Σ|x - y|."
     length = _row_length(width)
     xs, ys = np.empty(TAPS * 3 * length, np.float32), np.empty(TAPS * 3 * length, np.float32)
     maps, out = np.empty(TAPS * 9 * length, np.float32), np.empty(3 * length, np.float32)
@@ -885,7 +891,8 @@ def _loss_bands(start, stop, image, target, statistics, window, fit_height, fit_
                     _finish_loss_row(xs, ys, at, back, mirrored, length, width, scales, with_grad, out, c, sums[band])
             if with_grad and r >= top:
                 for x in range(0, width, LANES):
-                    _write_pixels(gradient, r, x, width, load(out, x), load(out, length + x), load(out, 2 * length + x))
+                    red, green, blue = load(out, x), load(out, length + x), load(out, 2 * length + x)
+                    _write_pixels(gradient, r, x, width, red, green, blue)
 
 # %% ../nbs/11_cpu_kernels.ipynb #loss-host
 _known_targets = {}  # id of a target -> (weak reference, checksum, statistics)
@@ -910,7 +917,8 @@ def _target_statistics(target):
     if reference() is not target or known != content:
         window, fit_height, fit_width = _window(height, width)
         statistics = torch.zeros(fit_height * 6 * _row_length.py_func(width)).numpy()
-        _run(_statistics, _even_cuts(fit_height, 32), numbers, window, fit_height, fit_width, height, width, statistics)
+        size = fit_height, fit_width, height, width
+        _run(_statistics, _even_cuts(fit_height, 32), numbers, window, *size, statistics)
         _known_targets[key] = weakref.ref(target, lambda _: _known_targets.pop(key, None)), content, statistics
     return statistics
 
@@ -993,8 +1001,9 @@ def _loss_gradient(ctx, grad, *_):
     return None if grad is None else grad * ctx.saved_tensors[0], None, None, None, None, None
 
 
-for _name, _gradient, _keep in (("rasterize", _rasterize_gradient, _keep_rasterize), ("image_loss", _loss_gradient, _keep_loss)):
-    torch.library.register_autograd(f"{_NAMESPACE}::{_name}", _gradient, setup_context=_keep, lib=_library)
+_register_gradient = torch.library.register_autograd
+_register_gradient(f"{_NAMESPACE}::rasterize", _rasterize_gradient, setup_context=_keep_rasterize, lib=_library)
+_register_gradient(f"{_NAMESPACE}::image_loss", _loss_gradient, setup_context=_keep_loss, lib=_library)
 
 # %% ../nbs/11_cpu_kernels.ipynb #public-rasterize
 def _groups_of_three(*tensors):
@@ -1033,8 +1042,8 @@ def photometric(
     target: Tensor,  # (H, W, C)
     l1_weight: float = 0.15,
     ssim_weight: float = 0.85,
-) -> tuple[Tensor, Tensor]:  # the loss, a differentiable scalar; (3,) SSIM, mean |x - y|, mean (x - y)², without gradient
-    "`l1_weight`·L1 + `ssim_weight`·(1 − SSIM) in one pass over the image. Gradients reach the image, not the target."
+) -> tuple[Tensor, Tensor]:  # scalar loss, differentiable in the image; (3,) SSIM, L1 and mean squared error, detached
+    "`l1_weight`·L1 + `ssim_weight`·(1 − SSIM), and the scores of the image, in one pass over it."
     channels, with_grad = image.shape[-1], torch.is_grad_enabled() and image.requires_grad
     results = []
     for part, goal, real in _groups_of_three(image, target):
@@ -1051,7 +1060,7 @@ def ssim(
 ) -> Tensor:  # scalar, differentiable in both
     "The compiled form of `gs2d.loss.ssim`."
     value = 1 - photometric(image, target.detach() if target.requires_grad else target, 0.0, 1.0)[0]
-    if target.requires_grad and torch.is_grad_enabled():  # SSIM is symmetric: the target's gradient is that of the swapped pair
+    if target.requires_grad and torch.is_grad_enabled():  # SSIM is symmetric: swap the pair for the target's gradient
         swapped = 1 - photometric(target, image.detach(), 0.0, 1.0)[0]
         value = value + swapped - swapped.detach()
     return value

@@ -18,6 +18,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from . import __version__
@@ -67,13 +68,15 @@ GROWTH_ROUNDS = 16
 GROWTH_END = 0.5  # the fraction of all steps after which nothing grows any more
 
 
-def _growth(start: int, n_gaussians: int, steps: int) -> DensifyConfig | None:
-    "Rounds that multiply the number of Gaussians by the same factor each time, from `start` up to `n_gaussians`."
-    if start == n_gaussians:
-        return None
-    factor = (n_gaussians / start) ** (1 / (GROWTH_ROUNDS - 1))  # one round to spare
-    return DensifyConfig(
-        every_n_steps=max(1, int(GROWTH_END * steps / GROWTH_ROUNDS)), max_gaussians=n_gaussians,
+def _start_and_growth(n_gaussians: int, steps: int) -> tuple[int, DensifyConfig | None]:
+    "How many Gaussians to start with, and the rounds that multiply them by the same factor each time until all are there."
+    rounds = min(GROWTH_ROUNDS, int(GROWTH_END * steps))
+    start = math.ceil(START_SHARE * n_gaussians)
+    if rounds == 0 or start == n_gaussians:
+        return n_gaussians, None
+    factor = (n_gaussians / start) ** (1 / max(1, rounds - 1))  # one round to spare
+    return start, DensifyConfig(
+        every_n_steps=int(GROWTH_END * steps / rounds), max_gaussians=n_gaussians,
         strategy=DensifyStrategy.ERROR, growth=factor - 1, stop_fraction=GROWTH_END)
 
 # %% ../nbs/09_fit_a_photo.ipynb #beat5-config
@@ -96,11 +99,11 @@ def fit_config(
     for name, value in (("n_gaussians", n_gaussians), ("steps", steps)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
-    start = math.ceil(START_SHARE * n_gaussians)
+    start, growth = _start_and_growth(n_gaussians, steps)
     return TrainConfig(
         n_gaussians=start, height=height, width=width, n_iterations=steps, lr=LEARNING_RATE,
         lr_scale=_lr_scale(height, width, n_gaussians), init_level=InitLevel.CONTENT, blend=blend, loss=loss,
-        densify=_growth(start, n_gaussians, steps), seed=seed, device=device)
+        densify=growth, seed=seed, device=device)
 
 # %% ../nbs/09_fit_a_photo.ipynb #beat5-fit
 def fit_image(
@@ -145,17 +148,17 @@ def comparison(
 
     truth = result.ground_truth
     target, image = (picture.detach().cpu().clamp(0, 1) for picture in (truth.image, result.image))
-    error = (image - target).square().mean(-1).sqrt()
+    error = (image - target).square().mean(-1).sqrt().numpy()
     aspect = min(max(truth.width / truth.height, 0.2), 8)  # of one panel; a longer strip than that leaves room around it
     rows, columns = (1, 4) if aspect < 1.2 else (2, 2) if aspect < 3 else (4, 1)
     width = 3.2 * columns if rows == 1 else 10
     figure = Figure(figsize=(width, 0.4 + rows * (width / columns / aspect + 0.3)), dpi=110, layout="constrained")
     axes = figure.subplots(rows, columns).ravel()
     score = f"{len(result.scene):,} Gaussians: {result.psnr:.2f} dB, SSIM {result.ssim:.4f}"
-    axes[0].imshow(target)
-    axes[1].imshow(image)
-    top = max(error.flatten().sort().values[int(0.998 * (error.numel() - 1))].item(), 1 / 255)
-    figure.colorbar(axes[2].imshow(error, cmap="magma", vmin=0, vmax=top), ax=axes[2], extend="max")
+    axes[0].imshow(target.numpy())
+    axes[1].imshow(image.numpy())
+    top = max(float(np.quantile(error, 0.998)), 1 / 255)
+    figure.colorbar(axes[2].imshow(error, cmap="magma", vmin=0, vmax=top), ax=axes[2], extend="max", shrink=0.8)
     draw_outlines(result.scene, axes[3], color="black", linewidths=min(0.8, 25 / math.sqrt(len(result.scene))))
     for ax, title in zip(axes, ("target", score, "error (root mean square)", "outlines at 2σ")):
         ax.set(xticks=[], yticks=[])

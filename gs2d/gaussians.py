@@ -241,7 +241,7 @@ def _preview(scene: Gaussians2D, rows: int, columns: int) -> Tensor:
     x = domain.x_dim[0] + (torch.arange(columns) + 0.5) / columns * domain.width
     y = domain.y_dim[1] - (torch.arange(rows) + 0.5) / rows * domain.height
     points = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).reshape(-1, 2)
-    ink, total = torch.zeros(len(points), 3), torch.full((len(points), 1), 1e-2)
+    ink, total = torch.zeros(len(points), 3), torch.full((len(points), 1), 3e-2)
     for part in torch.arange(len(scene)).split(256):
         shapes = conics(scene.scales[part], scene.rotations[part])
         weights = gaussian_weights(scene.means[part], shapes, points) * scene.opacities[part]

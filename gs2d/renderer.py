@@ -76,7 +76,7 @@ class Blend(str, Enum):
         raise ValueError(f"blend: expected one of {', '.join(mode.value for mode in cls)}, got {value!r}")
 
 
-WEIGHT_EPS = 1e-2  # ε of the weighted blend: the weight of the background
+WEIGHT_EPS = 3e-2  # ε of the weighted blend: the weight of the background
 MAX_ALPHA = 0.99  # of the over blend: no sheet is ever quite opaque, so that what is behind keeps a gradient
 
 # %% ../nbs/01_renderer.ipynb #blend-real

@@ -293,10 +293,10 @@ def _measure(trainer: "Trainer", loss: Tensor) -> tuple[float, float]:
     numbers = torch.stack([loss, squares.mean(dim=(1, 2)).mean(), torch.cat(slopes).sum()])
     loss_value, mse, slope = numbers.tolist()
     if not (math.isfinite(loss_value) and math.isfinite(slope)):
+        got = f"a loss of {loss_value:g}" + (" with a gradient that is not" if math.isfinite(loss_value) else "")
         raise FloatingPointError(
-            f"step {trainer.steps_done}: expected a finite loss with a finite gradient, got a loss of {loss_value:g}"
-            f"{' with a gradient that is not' if math.isfinite(loss_value) else ''}. The scene is as the step before "
-            f"left it. Try a smaller learning rate than lr={trainer.config.lr:g}")
+            f"step {trainer.steps_done}: expected a finite loss with a finite gradient, got {got}. "
+            f"The scene is as the step before left it. Try a smaller learning rate than lr={trainer.config.lr:g}")
     return loss_value, math.inf if mse == 0 else -10 * math.log10(mse)
 
 # %% ../nbs/06_train.ipynb #parts-densify
