@@ -368,23 +368,22 @@ def _write_pixels(image, y, x, width, red, green, blue):
 
 # %% ../nbs/11_cpu_kernels.ipynb #finish
 @_inlined
-def _finish_splat(top, end, sums, length, background, weighted, width, image, inverse):
+def _finish_splat(top, end, sums, length, background, eps, width, image, inverse):
     "Turn the sums of rows top…end into pixels."
     for y in range(top, end):
         for x in range(0, width, LANES):
             at = (y - top) * 4 * length + x
             red, green, blue = load(sums, at), load(sums, at + length), load(sums, at + 2 * length)
-            if weighted:
-                share = 1.0 / (load(sums, at + 3 * length) + _EPS)
+            if eps > 0:
+                share = 1.0 / (load(sums, at + 3 * length) + eps)
                 store(inverse, y * (length - _PADDING) + x, share)
-                red, green = (red + _EPS * background[0]) * share, (green + _EPS * background[1]) * share
-                _write_pixels(image, y, x, width, red, green, (blue + _EPS * background[2]) * share)
+                red, green = (red + eps * background[0]) * share, (green + eps * background[1]) * share
+                _write_pixels(image, y, x, width, red, green, (blue + eps * background[2]) * share)
             else:
                 red, green, blue = red + background[0], green + background[1], blue + background[2]
                 _write_pixels(image, y, x, width, red, green, blue)
 
 # %% ../nbs/11_cpu_kernels.ipynb #forward
-_EPS = np.float32(WEIGHT_EPS)
 _HALF = np.float32(0.5)
 
 
@@ -394,8 +393,9 @@ def _fields(g):
 
 
 @_compiled
-def _splat_forward(start, stop, first, entries, packed, rows, background, weighted, height, width, image, inverse):
-    "ADDITIVE or WEIGHTED image of bands start…stop; `inverse` keeps 1 / (Σ o w + ε) for the way back."
+def _splat_forward(start, stop, first, entries, packed, rows, background, eps, height, width, image, inverse):
+    "WEIGHTED image of bands start…stop, ADDITIVE where eps = 0; `inverse` keeps 1 / (Σ o w + ε) for the way back."
+    weighted = eps > 0
     length = _row_length(width)
     sums = np.empty(BAND * 4 * length, np.float32)  # each row: red, green, blue, weight
     for band in range(start, stop):
@@ -417,7 +417,7 @@ def _splat_forward(start, stop, first, entries, packed, rows, background, weight
                     if weighted:
                         store(sums, at + 3 * length, fma(w, opacity, load(sums, at + 3 * length)))
                     py, at = py + 1.0, at + 4 * length
-        _finish_splat(top, end, sums, length, background, weighted, width, image, inverse)
+        _finish_splat(top, end, sums, length, background, eps, width, image, inverse)
 
 # %% ../nbs/11_cpu_kernels.ipynb #threads
 class _Pool:
@@ -481,8 +481,8 @@ def _even_cuts(count, least):
 def _fair_cuts(work, least=2e4):
     "The same by a running total of work; `least` takes about a tenth of a millisecond."
     pieces = max(1, min(torch.get_num_threads(), int(work[-1] / least)))
-    inner = np.searchsorted(work, [work[-1] * k / pieces for k in range(1, pieces)])
-    return [0, *inner.tolist(), len(work) - 1]
+    inner = [int(np.abs(work - work[-1] * k / pieces).argmin()) for k in range(1, pieces)]
+    return [0, *inner, len(work) - 1]
 
 # %% ../nbs/11_cpu_kernels.ipynb #forward-host
 _MODES = {Blend.ADDITIVE: 0, Blend.WEIGHTED: 1, Blend.OVER: 2}
@@ -510,7 +510,8 @@ def _rasterize_forward(means, conics, opacities, colors, background, height, wid
     if mode == _OVER:
         _run(_over_forward, _fair_cuts(band_work), *scene, *out)
     else:
-        _run(_splat_forward, _fair_cuts(band_work), *scene, mode == _WEIGHTED, *out)
+        eps = np.float32(WEIGHT_EPS if mode == _WEIGHTED else 0)
+        _run(_splat_forward, _fair_cuts(band_work), *scene, eps, *out)
     return image, packed, rows, state
 
 # %% ../nbs/11_cpu_kernels.ipynb #planes

@@ -89,7 +89,7 @@ def fit_config(
     n_gaussians: int | None = None,  # at the end; None: one for every 40 pixels
     steps: int | None = None,  # None: 2,000
     seed: int = 0,
-    blend: Blend = Blend.ADDITIVE,
+    blend: Blend = Blend.WEIGHTED,
     loss: Callable[[Tensor, Tensor], Tensor] = l2_loss,  # (image, target) -> scalar
     device: str = "auto",
 ) -> TrainConfig:
@@ -112,7 +112,7 @@ def fit_image(
     steps: int | None = None,  # None: 2,000
     seed: int = 0,
     max_side: int | None = MAX_SIDE,  # pixels; a larger picture is shrunk to it, None keeps any size
-    blend: Blend = Blend.ADDITIVE,
+    blend: Blend = Blend.WEIGHTED,
     loss: Callable[[Tensor, Tensor], Tensor] = l2_loss,  # (image, target) -> scalar
     background: tuple[float, float, float] = (0.0, 0.0, 0.0),  # behind the Gaussians, and behind what is transparent
     progress: bool = True,  # a bar on stderr
@@ -180,7 +180,7 @@ def _csv(result: TrainResult) -> bytes:
     table.writerows(result.history)
     return text.getvalue().encode()
 
-
+# %% ../nbs/09_fit_a_photo.ipynb #save-folder
 def save_results(
     result: TrainResult,
     folder: str | os.PathLike,  # made if it does not exist; files of the same names are replaced

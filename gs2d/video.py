@@ -47,7 +47,7 @@ def _numeric_order(path: Path) -> list:
     "A sorting key under which frame2 comes before frame10."
     return [int(part) if k % 2 else part for k, part in enumerate(re.split(r"([0-9]+)", path.name))]
 
-
+# %% ../nbs/08_video.ipynb #beat1-saved
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
@@ -77,7 +77,7 @@ class Layout(str, Enum):
     SIDE_BY_SIDE = "side_by_side"  # the picture, its target, and where they differ
     OUTLINES = "outlines"  # every Gaussian's ellipse at two standard deviations, over the dimmed picture
 
-
+# %% ../nbs/08_video.ipynb #beat2-layout-of
 def _layout(value) -> Layout:
     "The layout of this name, or a clear error."
     try:
@@ -109,7 +109,7 @@ _BACKDROP, _BOX, _TEXT, _FAINT, _LINE = (22, 24, 29), (34, 37, 45), (240, 240, 2
 _GAP, _TITLE_HEIGHT, _CELL_WIDTH, _ROW_HEIGHT, _MIN_CURVE_WIDTH, _MIN_SIDE = 8, 20, 92, 48, 130, 256  # pixels
 ERROR_FULL_SCALE = 0.25  # the mean absolute error over the channels that gets the brightest colour
 
-
+# %% ../nbs/08_video.ipynb #beat2-font
 @cache
 def _font(size: int):
     "DejaVu Sans, which matplotlib brings: the same letters on every machine."
@@ -118,7 +118,7 @@ def _font(size: int):
     path = os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
     return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
 
-
+# %% ../nbs/08_video.ipynb #beat2-colormap
 @cache
 def _colormap() -> np.ndarray:
     "(256, 3) uint8: viridis."
@@ -132,7 +132,7 @@ def _heat(image: Tensor, target: Tensor) -> np.ndarray:
     error = (image.clamp(0, 1) - target.clamp(0, 1)).abs().mean(-1)
     return _colormap()[(error * (255 / ERROR_FULL_SCALE)).clamp(0, 255).round().byte().cpu().numpy()]
 
-
+# %% ../nbs/08_video.ipynb #beat2-panels-of
 def _panels(scene: Gaussians2D, image: Tensor, target: Tensor, layout: Layout, scale: int) -> list[tuple[str, np.ndarray]]:
     "The pictures of a layout, each pixel enlarged to scale × scale, with their titles."
     enlarged = lambda frame: frame.repeat(scale, 0).repeat(scale, 1)
@@ -142,7 +142,7 @@ def _panels(scene: Gaussians2D, image: Tensor, target: Tensor, layout: Layout, s
         return [("render", shown), ("target", enlarged(_as_frame(target))), error]
     return [("", _outlined(shown, scene) if layout is Layout.OUTLINES else shown)]
 
-
+# %% ../nbs/08_video.ipynb #beat2-title
 @cache
 def _title(text: str, width: int) -> np.ndarray:
     "A line of text above a panel; the error's has the colour scale at its right end, if there is room."
@@ -190,7 +190,7 @@ def _losses(history: list[StepRecord], most: int = 400) -> list[tuple[int, float
     chosen = range(n) if n <= most else (round(k * (n - 1) / (most - 1)) for k in range(most))
     return [(history[k].step, history[k].loss) for k in chosen]
 
-
+# %% ../nbs/08_video.ipynb #beat2-curve-of
 def _curve(losses: list[tuple[int, float]], n_iterations: int, width: int, height: int) -> np.ndarray:
     "The loss so far, on a logarithmic axis, over the steps of the whole run."
     import cv2
@@ -233,7 +233,7 @@ def draw_frame(
     top = _arranged(panels, 2 * _CELL_WIDTH if caption or curve else 0)
     return np.vstack([top, *_strips(now, trainer, top.shape[1], caption, curve)])
 
-
+# %% ../nbs/08_video.ipynb #beat2-strips
 def _strips(now: StepRecord, trainer: Trainer, width: int, caption: bool, curve: bool) -> list[np.ndarray]:
     "Caption and curve: next to each other where they fit, otherwise below each other."
     losses = [*_losses(trainer.history), (now.step, now.loss)] if curve else []
@@ -265,7 +265,7 @@ def _without_stderr() -> Iterator[None]:
         os.close(kept)
         os.close(nowhere)
 
-
+# %% ../nbs/08_video.ipynb #beat3-webm-class
 class _Webm:
     "VP9 through OpenCV."
 
@@ -283,17 +283,18 @@ class _Webm:
 
     def close(self) -> None:
         self.writer.release()
-        found, announced = self.path.stat().st_size, _webm_length(self.path)
-        if found != announced:
-            raise OSError(errno.ENOSPC, f"expected {announced:,} bytes in the file, got {found:,}; is the disk full?")
+        found = self.path.stat().st_size
+        if found != _webm_length(self.path):
+            raise OSError(errno.ENOSPC, f"expected a whole .webm file, got the first {found:,} bytes; is the disk full?")
 
 # %% ../nbs/08_video.ipynb #beat3-webm-length
 def _webm_length(path: Path) -> int:
-    "The length that a .webm file says it has, 0 if even that is missing: two elements, each a name of 4 bytes, its size, its data."
-    start, end = path.open("rb").read(256), 0
+    "The length that a .webm file says it has, -1 if it says none: two elements, each a name of 4 bytes, its size, its data."
+    with path.open("rb") as file:
+        start, end = file.read(256), 0
     for name in (b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"):  # the header, and the segment that holds all the rest
         if start[end:end + 4] != name or len(start) < end + 12:
-            return 0
+            return -1
         n_bytes = 9 - start[end + 4].bit_length()  # as many as the first byte has leading zeros, plus 1
         end += 4 + n_bytes + int.from_bytes(start[end + 4:end + 4 + n_bytes], "big") - (1 << 7 * n_bytes)
     return end
@@ -307,7 +308,7 @@ def _import_av():
         raise ValueError("expected PyAV to be installed for .mp4 (pip install 'gs2d[video]'); without it, .webm plays in every browser") from None
     return av
 
-
+# %% ../nbs/08_video.ipynb #beat3-mp4-class
 class _Mp4:
     "H.264 through PyAV."
 
@@ -350,7 +351,7 @@ class _Gif:
         with self.file:
             self.file.write(b"\x3b")
 
-
+# %% ../nbs/08_video.ipynb #beat3-folder
 class _Folder:
     "PNGs named by their number."
 
@@ -364,7 +365,7 @@ class _Folder:
     def close(self) -> None:
         pass
 
-
+# %% ../nbs/08_video.ipynb #beat3-writers
 _WRITERS = {".webm": _Webm, ".mp4": _Mp4, ".gif": _Gif, "": _Folder}
 
 # %% ../nbs/08_video.ipynb #beat4-checks
@@ -381,7 +382,7 @@ def _checked_fps(fps, kind: str) -> Fraction:
         raise ValueError(f"fps: expected at most {MAX_GIF_FPS} frames per second in a GIF, got {fps}")
     return Fraction(fps).limit_denominator(1001)
 
-
+# %% ../nbs/08_video.ipynb #beat4-kind
 def _kind_of(path: str | os.PathLike) -> str:
     'The suffix that decides the kind of file, "" for a folder, or a clear error.'
     text, path = os.fspath(path), Path(path)
@@ -392,7 +393,7 @@ def _kind_of(path: str | os.PathLike) -> str:
         _import_av()
     return suffix
 
-
+# %% ../nbs/08_video.ipynb #beat4-place
 def _check_place(path: Path, shown: str) -> None:
     "Raise unless a file or folder can be made at `path`: now, and not after the training."
     if not path.parent.is_dir():
@@ -415,7 +416,7 @@ def _temporary_beside(path: Path, kind: str) -> Path:
     os.chmod(name, (0o666 if kind else 0o777) & ~umask)
     return Path(name)
 
-
+# %% ../nbs/08_video.ipynb #beat4-put
 def _put_in_place(temporary: Path, path: Path) -> None:
     "Give a finished file or folder its name. What had that name before goes."
     if path.is_dir():  # a folder cannot be replaced while it has something in it
@@ -426,7 +427,7 @@ def _put_in_place(temporary: Path, path: Path) -> None:
     else:
         os.replace(temporary, path)
 
-
+# %% ../nbs/08_video.ipynb #beat4-remove
 def _remove(temporary: Path) -> None:
     "Remove a file or folder, if it is there."
     if temporary.is_dir():
@@ -577,7 +578,7 @@ class VideoRecorder:
     def __repr__(self) -> str:
         return f"VideoRecorder({str(self.path)!r}, {self.n_frames} frames, {self.fps:g} a second)"
 
-
+# %% ../nbs/08_video.ipynb #beat5-count
 def _checked_count(name: str, value) -> int | None:
     "`value` as a whole number of at least 1, or None, or a clear error."
     if value is None:
@@ -606,7 +607,7 @@ def read_frames(
     else:
         yield from _decoded(path)
 
-
+# %% ../nbs/08_video.ipynb #beat5-decoded
 def _decoded(path: Path, last_only: bool = False) -> Iterator[np.ndarray]:
     "The frames of a video file, through OpenCV."
     import cv2
@@ -690,15 +691,15 @@ class _Player:
     def __repr__(self) -> str:
         return f"a player for {self.name}"
 
-
-def _still(frame: np.ndarray, longest: int = 320) -> str:
+# %% ../nbs/08_video.ipynb #beat6-still
+def _still(frame: np.ndarray, longest: int = 240) -> str:
     "A small JPEG of a frame, as text that HTML can hold."
     buffer, image = BytesIO(), Image.fromarray(frame)
     image.thumbnail((longest, longest))
     image.save(buffer, "JPEG", quality=75)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
-
+# %% ../nbs/08_video.ipynb #beat6-play-real
 def play(
     path: str | os.PathLike,  # .webm, .mp4 or .gif, in or under the notebook's folder unless it is embedded
     embed: bool = False,  # put the bytes into the notebook: it grows by the video, but plays where links do not (Colab)

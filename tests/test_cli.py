@@ -1,0 +1,351 @@
+"""The gs2d command: what it writes, what it says, and one clear line for everything that can go wrong."""
+import ast
+import dataclasses
+import errno
+import json
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import gs2d.cli
+from gs2d import __version__
+from gs2d.cli import main
+from gs2d.densify import DensifyConfig
+from gs2d.gaussians import Domain2D, Gaussians2D
+from gs2d.train import TrainConfig
+
+SIX = ["comparison.png", "history.csv", "metrics.json", "render.png", "scene.json", "target.png"]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    "Every test runs in an empty folder of its own."
+    monkeypatch.chdir(tmp_path)
+
+
+def gs2d_(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def succeeds(*arguments):
+    done = gs2d_(*arguments)
+    assert done.exit_code == 0, done.output
+    return done
+
+
+def fails(*arguments):
+    "The one line on stderr of a command that must fail with status 2."
+    done = gs2d_(*arguments)
+    assert (done.exit_code, done.stdout) == (2, ""), done.output
+    lines = [line for line in done.stderr.splitlines() if "error" in line or not line.startswith("gs2d: ")]
+    assert len(lines) == 1 and lines[0].startswith("gs2d: error: "), done.stderr
+    assert "Traceback" not in done.stderr
+    return lines[0]
+
+
+def picture(path="photo.png", size=(20, 16)):
+    Image.linear_gradient("L").resize(size).convert("RGB").save(path)
+    return Path(path)
+
+
+def scene(path="scene.json", n=3, domain=Domain2D((-5, 5), (-2.5, 2.5)), **extra):
+    values = torch.rand(n, 9, generator=torch.Generator().manual_seed(0))
+    made = Gaussians2D.from_values(values[:, :2], 0.5 + values[:, 2:4], values[:, 4], values[:, 5], values[:, 6:], domain)
+    made.save(path, **extra)
+    return Path(path)
+
+
+QUICK = ("--steps", 3, "--n-gaussians", 6, "--device", "cpu", "-q")
+
+
+# --- what works ---
+
+
+def test_version_and_help():
+    assert succeeds("--version").stdout == f"gs2d {__version__}\n"
+    for arguments in ((), ("--help",)):
+        assert "Examples:" in succeeds(*arguments).stdout
+    for command in ("fit", "train", "render", "info"):
+        assert "Example" in succeeds(command, "--help").stdout
+
+
+def test_fit_writes_six_files_and_says_where(tmp_path):
+    done = succeeds("fit", picture(), *QUICK, "--out", "a/b")
+    assert sorted(path.name for path in Path("a/b").iterdir()) == SIX
+    assert "PSNR " in done.stdout and "SSIM " in done.stdout and "results in a/b" in done.stdout
+    about = json.loads(Path("a/b/metrics.json").read_text())
+    assert (about["steps"], about["n_gaussians"], about["version"], about["device"]) == (3, 6, __version__, "cpu")
+
+
+def test_fit_without_a_photo_takes_the_portrait():
+    succeeds("fit", *QUICK, "--max-side", 30, "--out", "out")
+    assert Image.open("out/target.png").size == (26, 30)
+
+
+def test_fit_options_arrive():
+    succeeds("fit", picture(), *QUICK, "--blend", "over", "--seed", 5, "--loss", "l1_ssim", "--background", "white", "--out", "out")
+    about, kept = (json.loads(Path("out", name).read_text()) for name in ("metrics.json", "scene.json"))
+    assert (about["blend"], about["seed"], kept["blend"], kept["background"]) == ("over", 5, "over", [1, 1, 1])
+
+
+def test_runs_within_one_second_get_folders_of_their_own(monkeypatch):
+    class Stopped:
+        @staticmethod
+        def now():
+            import datetime
+            return datetime.datetime(2026, 1, 2, 3, 4, 5)
+
+    monkeypatch.setattr(gs2d.cli, "datetime", Stopped)
+    for _ in range(3):
+        succeeds("fit", picture(), *QUICK)
+    assert sorted(path.name for path in Path("gs2d-out").iterdir()) == [f"2026-01-02_03-04-05{k}" for k in ("", "-2", "-3")]
+
+
+def test_progress_goes_to_stderr_and_quiet_is_quiet():
+    loud, quiet = gs2d_("fit", picture(), *QUICK[:-1], "--out", "a"), gs2d_("fit", picture(), *QUICK, "--out", "b")
+    assert "PSNR" in loud.stderr and "100%" in loud.stderr and "%|" not in loud.stdout
+    assert [line for line in quiet.stderr.splitlines() if "compiling" not in line] == []  # the kernels announce their first use
+
+
+def test_train_on_a_synthetic_scene():
+    succeeds("train", "--n-gaussians", 4, "--height", 12, "--width", 16, "--steps", 3, "--device", "cpu", "-q", "--out", "out",
+             "--init-level", "noisy", "--lr-scale", "means=0.5", "--lr-scale", "colors=0", "--l1-weight", 1, "--ssim-weight", 0,
+             "--densify-every-n-steps", 2, "--densify-max-gaussians", 9)
+    assert sorted(path.name for path in Path("out").iterdir()) == SIX
+    assert Image.open("out/render.png").size == (16, 12)
+
+
+def test_options_of_train_make_a_config():
+    made = gs2d.cli._train_config(dict(lr=0.5, lr_scale=["means=0.5"], l1_weight=0.7, densify_growth=0.1, compile="false", quiet=True, out=None))
+    assert made == TrainConfig(lr=0.5, lr_scale={"means": 0.5}, loss=made.loss, densify=DensifyConfig(growth=0.1), compile=False)
+    assert (made.loss.l1_weight, made.loss.ssim_weight) == (0.7, 0.85)
+    assert gs2d.cli._train_config({}) == TrainConfig()
+    assert gs2d.cli._train_config(dict(densify=False, densify_growth=0.1)).densify is None
+    assert gs2d.cli._train_config(dict(densify=True)).densify == DensifyConfig()
+
+
+def test_every_field_is_an_option_with_its_default_in_the_help():
+    text = " ".join(succeeds("train", "--help").stdout.split("Options:")[1].split())
+    for kind, prefix in ((TrainConfig, "--"), (DensifyConfig, "--densify-")):
+        for field in dataclasses.fields(kind):
+            option = prefix + field.name.replace("_", "-")
+            said = re.search(rf"{option}(?![\w-])[^\[]*\[([^\]]*)\]", text)
+            assert said, option
+            if isinstance(field.default, (int, float, str)):
+                default = getattr(field.default, "value", field.default)
+                assert said[1] == (default if isinstance(default, str) else f"{default:g}"), option
+
+
+def test_defaults_in_the_help_of_fit_are_those_of_the_library():
+    from gs2d.fit import MAX_SIDE, PIXELS_PER_GAUSSIAN, STEPS_FOR_A_PHOTO
+
+    text = " ".join(succeeds("fit", "--help").stdout.split())
+    assert f"[default: {STEPS_FOR_A_PHOTO}]" in text and f"[default: {MAX_SIDE}]" in text and f"every {PIXELS_PER_GAUSSIAN} pixels" in text
+
+
+@pytest.mark.parametrize("arguments, size", [
+    (["--width", 40], (40, 20)), (["--height", 30], (60, 30)), (["--width", 7, "--height", 9], (7, 9)), ([], (24, 12)),
+])
+def test_render_keeps_the_proportions(arguments, size):
+    succeeds("render", scene(height=12, width=24), *arguments, "--out", "picture.png")
+    assert Image.open("picture.png").size == size
+
+
+def test_render_without_a_stored_size():
+    succeeds("render", scene(domain=Domain2D((0, 1), (0, 2))))
+    assert Image.open("scene.png").size == (256, 512)
+
+
+def test_render_takes_blend_and_background_from_the_file_or_the_options():
+    scene(blend="additive", background=(0, 0, 1.0))
+    corner = lambda *options: (succeeds("render", "scene.json", "--width", 30, *options), Image.open("scene.png").getpixel((0, 0)))[1]
+    assert corner() == (0, 0, 255)
+    assert corner("--background", "#ff8000") == (255, 128, 0)
+    assert corner("--background", "1,1,1", "--blend", "over") == (255, 255, 255)
+
+
+def test_info_says_what_is_in_the_file():
+    text = succeeds("info", scene(n=7, height=12, width=24, blend="over")).stdout
+    for expected in ("7", "24×12 pixels", "over", "x -5 to 5", "pixels"):
+        assert expected in text
+    assert "of any size" in succeeds("info", scene(n=0)).stdout
+
+
+# --- what goes wrong ---
+
+
+def png_that_claims(width, height):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+def test_pictures_that_cannot_be_read():
+    whole = picture("whole.png", (200, 200)).read_bytes()
+    Path("half.png").write_bytes(whole[: len(whole) // 2])
+    Path("notes.png").write_text("not a picture")
+    Path("empty.png").write_bytes(b"")
+    Path("bomb.png").write_bytes(png_that_claims(40_000, 30_000))
+    Path("folder.png").mkdir()
+    for name, expected in [("missing.png", "missing.png"), ("half.png", "truncated"), ("notes.png", "picture"), ("empty.png", "picture"),
+                           ("bomb.png", "pixels"), ("folder.png", "folder")]:
+        assert expected in fails("fit", name, *QUICK)
+    assert not Path("gs2d-out").exists()
+
+
+@pytest.mark.parametrize("options, expected", [
+    (["--steps", 0], "steps: expected"), (["--steps", -1], "steps: expected"), (["--steps", "many"], "--steps"),
+    (["--n-gaussians", 0], "n_gaussians: expected"), (["--n-gaussians", -2], "n_gaussians: expected"),
+    (["--max-side", 0], "max_side: expected"), (["--seed", -1], "seed: expected"),
+    (["--device", "toaster"], "device: expected"), (["--device", "cuda:99"], "device: expected"),
+    (["--blend", "multiply"], "blend: expected"), (["--loss", "l3"], "--loss: expected"), (["--background", "1,2"], "background: expected"),
+    (["--background", "plaid"], "--background: expected"), (["--nonsense"], "--nonsense"), (["--out"], "--out"),
+])
+def test_options_of_fit_that_make_no_sense(options, expected):
+    assert expected in fails("fit", picture(), *options)
+    assert not Path("gs2d-out").exists()  # nothing is left of a run that could not start
+
+
+@pytest.mark.parametrize("options, expected", [
+    (["--height", 0], "height: expected"), (["--width", -4], "width: expected"), (["--lr", 0], "lr: expected"), (["--lr", "nan"], "lr: expected"),
+    (["--lr-scale", "means"], "--lr-scale: expected"), (["--lr-scale", "mean=1"], "lr_scale: expected"), (["--lr-scale", "means=-1"], "lr_scale"),
+    (["--lr-schedule", "linear"], "lr_schedule: expected"), (["--init-level", "content,"], "init_level: expected"),
+    (["--densify-max-gaussians", 0], "max_gaussians: expected"), (["--densify-strategy", "both"], "strategy"), (["--compile", "maybe"], "compile: expected"),
+    (["--l1-weight", 0, "--ssim-weight", 0], "weight"), (["--loss", "l2_loss", "--l1-weight", 1], "--loss: expected"), (["--loss", "x"], "loss: expected"),
+])
+def test_options_of_train_that_make_no_sense(options, expected):
+    assert expected in fails("train", *options)
+    assert not Path("gs2d-out").exists()
+
+
+def test_commands_that_do_not_exist():
+    assert "frobnicate" in fails("frobnicate")
+    assert "--frobnicate" in fails("--frobnicate")
+    assert "SCENE" in fails("render")
+
+
+def must_not_train(*arguments, **options):
+    raise AssertionError("training started although the results could not have been written")
+
+
+@pytest.mark.parametrize("out", ["file", "file/inside", "file/much/deeper"])
+def test_an_unwritable_folder_is_found_before_training(out, monkeypatch):
+    Path("file").write_text("in the way")
+    monkeypatch.setattr("gs2d.train.train", must_not_train)
+    assert "--out: expected a folder that can be written to" in fails("fit", picture(), *QUICK, "--out", out)
+
+
+def test_a_folder_without_permission_is_found_before_training(monkeypatch):
+    monkeypatch.setattr("gs2d.train.train", must_not_train)
+
+    def refused(*arguments, **options):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(gs2d.cli.tempfile, "TemporaryFile", refused)
+    assert "Permission denied" in fails("fit", picture(), *QUICK, "--out", "out")
+
+
+def test_a_file_named_like_the_default_folder():
+    Path("gs2d-out").write_text("in the way")
+    assert "gs2d-out" in fails("fit", picture(), *QUICK)
+
+
+def test_disk_full_while_saving(monkeypatch):
+    def full(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    assert "No space left on device" in fails("fit", picture(), *QUICK, "--out", "out")
+    assert not Path("out").exists()  # nothing in it, so it is gone again
+
+
+def test_a_run_that_diverges_is_one_line():
+    assert "finite" in fails("train", "--n-gaussians", 3, "--height", 8, "--width", 8, "--steps", 50, "--lr", 1e30, "--device", "cpu", "-q")
+
+
+def broken_scene(change):
+    document = json.loads(scene().read_text())
+    change(document)
+    Path("broken.json").write_text(json.dumps(document))
+    return "broken.json"
+
+
+@pytest.mark.parametrize("command", ["info", "render"])
+def test_scene_files_that_cannot_be_read(command):
+    Path("text.json").write_text("hello")
+    Path("list.json").write_text("[1, 2]")
+    Path("bytes.json").write_bytes(bytes(range(256)))
+    for name in ("text.json", "list.json", "bytes.json", "missing.json", "."):
+        assert name in fails(command, name)
+    for change, expected in [
+        (lambda d: d["centers"][1].__setitem__(0, float("nan")), "centers"), (lambda d: d["sigmas"][0].__setitem__(1, float("inf")), "sigmas"),
+        (lambda d: d["colors"].pop(), "colors"), (lambda d: d["thetas"].append(0.0), "thetas"), (lambda d: d["centers"][0].append(1.0), "centers"),
+        (lambda d: d.pop("centers"), "centers"), (lambda d: d.update(N=-1), "N"), (lambda d: d.update(version=99), "version"),
+        (lambda d: d.update(x_dim=[5, -5]), "x_dim"), (lambda d: d["sigmas"][0].__setitem__(0, -1.0), "scales"), (lambda d: d.update(blend="x"), "blend"),
+    ]:
+        line = fails(command, broken_scene(change))
+        assert expected in line and "broken.json" in line
+
+
+@pytest.mark.parametrize("options, expected", [
+    (["--width", 0], "--width: expected"), (["--height", -3], "--height: expected"), (["--width", 10**6], "pixels"),
+    (["--width", 8, "--out", "picture.xyz"], "picture.xyz"), (["--width", 8, "--out", "no/such/folder.png"], "folder"),
+    (["--width", 8, "--blend", "multiply"], "blend: expected"), (["--width", 8, "--device", "toaster"], "device: expected"),
+    (["--width", 8, "--background", "0,0"], "background"),
+])
+def test_options_of_render_that_make_no_sense(options, expected):
+    assert expected in fails("render", scene(), *options)
+    assert not Path("scene.png").exists()
+
+
+# --- as a process ---
+
+
+def test_ctrl_c_saves_what_there_is():
+    picture()
+    command = [sys.executable, "-m", "gs2d.cli", "fit", "photo.png", "--steps", "1000000", "--n-gaussians", "6", "--device", "cpu", "--out", "out"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(gs2d.cli.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        seen = ""
+        while "PSNR" not in seen:  # the progress bar: training runs
+            part = process.stderr.read(1)
+            assert part, seen
+            seen += part
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
+    assert "stopped after" in err and "is saved" in err and "Traceback" not in err and "results in out" in out
+    assert sorted(path.name for path in Path("out").iterdir()) == SIX
+    assert 0 < json.loads(Path("out/metrics.json").read_text())["steps"] < 1_000_000
+
+
+def test_ctrl_c_before_training_starts(monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gs2d.ground_truth.GroundTruth.from_image", interrupted)
+    done = gs2d_("fit", picture(), *QUICK)
+    assert done.exit_code == 130 and done.stderr == "gs2d: stopped; nothing was written\n"
+
+
+def test_nothing_heavy_is_imported_for_help():
+    tree = ast.parse(Path(gs2d.cli.__file__).read_text(encoding="utf-8"))
+    imported = {name for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))
+                for name in ([alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or "."])}
+    assert {name.split(".")[0] for name in imported} <= {"sys", "tempfile", "collections", "contextlib", "datetime", "itertools", "pathlib", "typing", "typer"}
