@@ -344,7 +344,7 @@ class _Gif:
 
         k, self.n_frames = self.n_frames, self.n_frames + 1
         hundredths = round((k + 1) * 100 / self.fps) - round(k * 100 / self.fps)
-        image = Image.fromarray(frame).quantize(256, dither=Image.Dither.NONE)
+        image = Image.fromarray(frame).quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
         self.file.write(b"".join(getdata(image, duration=10 * hundredths, include_color_table=True)))
 
     def close(self) -> None:
