@@ -122,13 +122,15 @@ def _results_folder(
                 folder.rmdir()
 
 # %% ../nbs/cli.ipynb #save-code
-def _train_and_save(config, truth, out: Path | None, quiet: bool) -> None:
+def _train_and_save(config, truth, out: Path | None, video: Path | None, quiet: bool) -> None:
     "Train, save, and say how good it is and where; after Ctrl-C the same with what there is, and exit status 130."
     from gs2d.fit import save_results
-    from gs2d.train import train
+    from gs2d.train import make_trainer, run
+    from gs2d.video import record
 
     with _results_folder(out) as folder:
-        result = train(config, truth, progress=not quiet)
+        trainer = make_trainer(config, truth)
+        result = record(trainer, video, progress=not quiet) if video else run(trainer, progress=not quiet)
         try:
             save_results(result, folder)
         except OSError as error:
@@ -136,7 +138,7 @@ def _train_and_save(config, truth, out: Path | None, quiet: bool) -> None:
     steps = len(result.history)
     typer.echo(f"PSNR {result.psnr:.2f} dB, SSIM {result.ssim:.4f}")
     typer.echo(f"{len(result.scene):,} Gaussians, {steps:,} steps, {result.timing.summary()}")
-    typer.echo(f"results in {folder}")
+    typer.echo(f"results in {folder}" + (f", the video in {video}" if video else ""))
     if steps < config.n_iterations:
         _say(f"stopped after {steps:,} of {config.n_iterations:,} steps; what there was is saved")
         raise typer.Exit(INTERRUPTED)
@@ -161,6 +163,8 @@ _Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
 _Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps. auto takes the fastest there is.")]
 _Background = Annotated[str, typer.Option(metavar="COLOUR", help="Behind the Gaussians, and behind a picture that is transparent: three numbers such as 0,0.5,1, or white, or #ff8800.")]
 
+_Video = Annotated[Path | None, typer.Option(metavar="FILE", help="Film the training: .webm, .mp4 (needs the extra gs2d[video]), .gif, or a folder of pictures.")]
+
 
 @main.command()
 def fit(
@@ -174,6 +178,7 @@ def fit(
     background: _Background = "black",
     device: _Device = "auto",
     out: _Out = None,
+    video: _Video = None,
     quiet: _Quiet = False,
 ) -> None:
     """Fit 2D Gaussians to a photograph.
@@ -186,6 +191,7 @@ def fit(
       gs2d fit
       gs2d fit photo.jpg --max-side 512 --steps 500
       gs2d fit photo.jpg --n-gaussians 20000 --out results
+      gs2d fit photo.jpg --video training.webm
     """
     from gs2d.fit import default_portrait, fit_config
     from gs2d.ground_truth import GroundTruth
@@ -198,7 +204,7 @@ def fit(
     config = fit_config(truth.height, truth.width, n_gaussians, steps, seed, truth.blend, losses[loss], device)
     if not quiet:
         _say(f"{photo or 'the default portrait'}, {truth.width}×{truth.height} pixels, {config.n_iterations:,} steps")
-    _train_and_save(config, truth, out, quiet)
+    _train_and_save(config, truth, out, video, quiet)
 
 # %% ../nbs/cli.ipynb #train-code
 def _lr_scale(pairs: list[str]) -> dict[str, float]:
@@ -262,6 +268,7 @@ def train(
     device: Annotated[str | None, _option("auto, cpu, cuda, cuda:1 or mps. [auto]")] = None,
     compile: Annotated[str | None, _option("auto, true or false: torch.compile where there are no kernels. [auto]")] = None,
     out: _Out = None,
+    video: _Video = None,
     quiet: _Quiet = False,
 ) -> None:
     """Train on a random scene whose every parameter is known.
@@ -276,7 +283,7 @@ def train(
       gs2d train --lr-scale means=0.5 --lr-scale colors=0 --l1-weight 0.8 --ssim-weight 0.2
       gs2d train --densify-every-n-steps 50 --densify-max-gaussians 500
     """
-    _train_and_save(_train_config(ctx.params), None, out, quiet)
+    _train_and_save(_train_config(ctx.params), None, out, video, quiet)
 
 # %% ../nbs/cli.ipynb #render-code
 def _size(file, height: int | None, width: int | None) -> tuple[int, int]:

@@ -197,6 +197,7 @@ _E1, _E2, _E3, _E4, _E5 = np.float32([0.693146978, 0.240222421, 0.0555073374, 0.
 @_inlined
 def falloff(q):
     "exp(-q/2) up to the cut-off, and exactly 0 beyond"
+    q = where_le(q, 0.0, 0.0, q)
     n = fma(q, _TO_POWER_OF_TWO, _ROUND)
     f = fma(q, _TO_POWER_OF_TWO, _ROUND - n)
     p = fma(fma(fma(fma(fma(f, _E5, _E4), f, _E3), f, _E2), f, _E1), f, 1.0)

@@ -65,7 +65,8 @@ def gaussian_weights(
     dy = points[:, None, 1] - means[:, 1]
     a, b, c = conics.unbind(-1)
     power = dx * (a * dx + (2 * b) * dy) + (c * dy) * dy
-    return torch.where(power <= CUTOFF_POWER, torch.exp(-0.5 * power), 0.0)
+    below = power.detach().clamp(max=0)  # what rounding leaves below 0 for very thin Gaussians
+    return torch.where(power <= CUTOFF_POWER, torch.exp(-0.5 * (power - below)), 0.0)
 
 # %% ../nbs/00_gaussians.ipynb #domain-interval
 def _interval(name: str, value: tuple[float, float]) -> tuple[float, float]:

@@ -333,7 +333,8 @@ class _Curves:
             ax.lines[0].set_data([r.step for r in history], values)
             ax.relim()
             ax.autoscale_view(scalex=False)
-        self.axes[0].set(xlim=(0, trainer.config.n_iterations), ylim=(0, None))
+        total, done = trainer.config.n_iterations, trainer.steps_done
+        self.axes[0].set(xlim=(0, min(total, 2 * done) or total), ylim=(0, None))
         file = io.BytesIO()
         self.figure.savefig(file, format="png")
         return file.getvalue()
@@ -459,7 +460,7 @@ def _build(live: "LiveTrainer") -> None:
     live.box = widgets.VBox([
         _row(run, step, stop, reset, live.view),
         live.words,
-        _row(_column(live.image, live.legend, basis="300px", widest="560px"), _column(live.curves, basis="300px", widest="480px")),
+        _row(_column(live.image, live.legend, basis="300px", widest="500px"), _column(live.curves, basis="300px", widest="480px")),
         live.message, _row(*groups, files)])
 
 # %% ../nbs/07_live.ipynb #panel-draw
@@ -616,12 +617,12 @@ class LiveTrainer:
         self.session = LiveSession(truth, config or _default_config(truth), self._watch, background)
         if LiveTrainer._open is not None:
             LiveTrainer._open.close()
-        LiveTrainer._open = self
         self._frame_pace, self._curve_pace = Pace(0.06, 0.045), Pace(0.6, 0.03)
         self._curves, self._marks, self._recorder = _Curves(), deque(maxlen=32), None
-        self._build()
+        _build(self)
         _connect(self)
         self._watch()
+        LiveTrainer._open = self
 
     @property
     def trainer(self) -> Trainer:
@@ -667,6 +668,6 @@ class LiveTrainer:
         for pace, draw in ((self._frame_pace, _draw_frame), (self._curve_pace, _draw_curves)):
             if not running:
                 draw(self)
-            elif pace.due():
+            elif pace.due() and (draw is _draw_frame or self.trainer.steps_done > 10):  # no curve of a point or two
                 with pace:
                     draw(self)

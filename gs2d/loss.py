@@ -139,6 +139,10 @@ class L1SSIMLoss:
             raise ValueError("expected at least one weight above 0, got l1_weight = ssim_weight = 0")
 
     def __call__(self, image: Tensor, target: Tensor) -> Tensor:
-        "The loss, a scalar. A part whose weight is 0 is not computed."
+        "The loss, a scalar. A part whose weight is 0 is not computed; with compiled kernels, both are computed in one pass."
+        _check_pair(image, target)
+        kernels = kernels_for(image.device, image.dtype)
+        if kernels and self.l1_weight and self.ssim_weight and not target.requires_grad:
+            return kernels.photometric(image, target, self.l1_weight, self.ssim_weight)[0]
         loss = self.l1_weight * l1_loss(image, target) if self.l1_weight else 0.0
         return loss + self.ssim_weight * (1 - ssim(image, target)) if self.ssim_weight else loss

@@ -14,7 +14,6 @@ __all__ = ['WEIGHT_EPS', 'MAX_ALPHA', 'PAIRS_PER_CHUNK', 'KERNELS', 'pixel_cente
 import importlib
 import warnings
 from enum import Enum
-from functools import lru_cache
 from types import ModuleType
 from typing import NamedTuple
 
@@ -145,7 +144,9 @@ def _reference(screen: ScreenGaussians, height: int, width: int, blend: Blend, b
 KERNELS = {"cpu": "gs2d.cpu_kernels"}  # type of device -> the module with its compiled kernels
 
 
-@lru_cache(maxsize=None)
+_loaded: dict[str, ModuleType | None] = {}  # what has been imported so far; None where that failed
+
+
 def _load_kernels(name: str) -> ModuleType | None:
     try:
         return importlib.import_module(name)
@@ -159,8 +160,10 @@ def kernels_for(
     dtype: torch.dtype,
 ) -> ModuleType | None:
     "The module with the compiled kernels for tensors of this device and dtype, or None where the reference serves."
-    name = KERNELS.get(torch.device(device).type)
-    return _load_kernels(name) if name and dtype == torch.float32 else None
+    name = KERNELS.get(torch.device(device).type) if dtype == torch.float32 else None
+    if name is not None and name not in _loaded:
+        _loaded[name] = _load_kernels(name)
+    return _loaded.get(name)
 
 # %% ../nbs/01_renderer.ipynb #door-rasterize
 def rasterize(

@@ -3,6 +3,7 @@ import dataclasses
 import io
 import threading
 import time
+from datetime import datetime
 
 import cv2
 import numpy as np
@@ -75,7 +76,8 @@ def test_pause_freezes_the_counter_within_a_step_and_run_goes_on():
     session = started()
     session.pause()
     steps = session.trainer.steps_done
-    assert session.state is State.PAUSED and not [t for t in training_threads() if t.session is session and t.is_alive() and not session._ended.is_set()]
+    assert session.state is State.PAUSED
+    wait_for(lambda: not training_threads())  # so nobody is left to take another step
     assert session.trainer.steps_done == steps
     session.run()
     wait_for(lambda: session.trainer.steps_done > steps)
@@ -191,7 +193,7 @@ def test_in_the_foreground_run_returns_at_the_end_and_an_interrupt_pauses():
     assert (session.state, session.trainer.steps_done) == (State.DONE, 7)
 
     def interrupt():
-        if session.trainer.steps_done == 3:
+        if session.trainer.steps_done == 3 and session.state is State.RUNNING:
             raise KeyboardInterrupt
 
     session = LiveSession(TRUTH, LONG, watch=interrupt, background=False)
@@ -380,7 +382,7 @@ def test_an_error_while_training_is_shown_with_its_text_and_not_as_markup(live):
 
 
 def upload(live, name, content):
-    live.upload.value = ({"name": name, "type": "image/png", "size": len(content), "content": memoryview(content), "last_modified": None},)
+    live.upload.value = ({"name": name, "type": "image/png", "size": len(content), "content": memoryview(content), "last_modified": datetime.now()},)
 
 
 def test_an_uploaded_picture_becomes_the_target_and_a_broken_one_changes_nothing(live):

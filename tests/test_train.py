@@ -152,7 +152,7 @@ def test_auto_takes_the_best_device_there_is(monkeypatch):
 def test_trainer_is_the_plain_loop():
     trainer = new_trainer(change(loss=l2_loss))
     truth, scene = trainer.ground_truth, trainer.scene.clone()
-    adam = torch.optim.Adam([dict(params=[getattr(scene, name)]) for name in PARAMETER_NAMES], lr=1e-2, eps=1e-15, fused=True)
+    adam = torch.optim.Adam([dict(params=[getattr(scene, name)]) for name in PARAMETER_NAMES], lr=1e-2, betas=(0.9, 0.98), eps=1e-15, fused=True)
     for step in range(12):
         for group in adam.param_groups:
             group["lr"] = 1e-2 * (1 + math.cos(math.pi * step / 12)) / 2

@@ -1,0 +1,281 @@
+"""The live view as a person meets it: the lesson, in JupyterLab, in a browser. Without Chromium this fails; `make browser` installs it."""
+import base64
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import nbformat
+import pytest
+from playwright.sync_api import sync_playwright
+
+NBS = Path(__file__).resolve().parent.parent / "nbs"
+TOKEN = "only-for-this-test"
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+SETTINGS = {  # no questions about news; and all cells in the page, not only those near the window
+    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+    "notebook-extension/tracker": {"windowingMode": "none"},
+}
+PANEL_CELL = '''play = LiveTrainer(GroundTruth.random(30, 96, 128, seed=3), TrainConfig(n_gaussians=30, n_iterations=10**6, lr_schedule="constant", device="cpu"))
+play'''
+PROBE_CELL = '''import json
+history = list(play.trainer.history)
+print(json.dumps(dict(
+    steps=len(history), state=play.session.state.value, n=len(play.trainer.scene), rates=sorted({record.lr for record in history}),
+    threads=[thread.name for thread in threading.enumerate()].count("gs2d-training"))))'''
+BUSY_CELL = "for _ in range(600): time.sleep(0.1)"
+
+DOT = "iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAIAAACQkWg2AAAAGklEQVR42mM8YaPBQApgYiARjGoY1TB0NAAAyUUBTEzmkP4AAAAASUVORK5CYII="  # 16×16 pixels
+
+
+def wait_for(condition, what, seconds=30):
+    "The first true value of `condition()`."
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(0.05)
+    return value
+
+
+def lesson_for_the_test(folder: Path) -> None:
+    "A copy of the lesson, with three more cells at its end. The stored one is not touched."
+    shutil.copy(NBS / "gs2d.mplstyle", folder)
+    notebook = nbformat.read(NBS / "07_live.ipynb", 4)
+    notebook.cells += [nbformat.v4.new_code_cell(source) for source in (PANEL_CELL, PROBE_CELL, BUSY_CELL)]
+    nbformat.write(notebook, folder / "lesson.ipynb")
+
+
+@contextmanager
+def jupyterlab(folder: Path):
+    "The address of a JupyterLab of its own, which shares no settings and no open windows with the user's."
+    own = Path(tempfile.mkdtemp())
+    for name, values in SETTINGS.items():
+        path = own / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values))
+    environment = dict(
+        os.environ, JUPYTERLAB_SETTINGS_DIR=str(own / "settings"), JUPYTERLAB_WORKSPACES_DIR=str(own / "workspaces"),
+        JUPYTER_CONFIG_DIR=str(own / "config"), JUPYTER_RUNTIME_DIR=str(own / "runtime"), IPYTHONDIR=str(own / "ipython"),
+        PYTHONPATH=str(NBS.parent), OMP_NUM_THREADS="1")
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", "--ServerApp.port=0",
+               f"--IdentityProvider.token={TOKEN}", f"--ServerApp.root_dir={folder}"]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment, cwd=folder)
+    try:
+        printed = []
+        for line in server.stderr:
+            printed.append(line)
+            if found := re.search(r"http://127\.0\.0\.1:\d+", line):
+                break
+        else:
+            pytest.fail("JupyterLab did not start:\n" + "".join(printed))
+        threading.Thread(target=server.stderr.read, daemon=True).start()  # so that the pipe never fills up
+        yield found[0]
+    finally:
+        server.terminate()
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+        shutil.rmtree(own, ignore_errors=True)
+
+
+class Lesson:
+    "What a person sees and does."
+
+    def __init__(self, page):
+        self.page, self.cells = page, page.locator(".jp-Notebook .jp-CodeCell")
+        self.panel_cell, self.probe_cell, self.busy_cell = (self.cells.nth(self.cells.count() - k) for k in (3, 2, 1))
+        # What cells put out, never their source.
+        self.panel = self.panel_cell.locator(".jp-OutputArea-output").first
+
+    def prompt(self, cell) -> str:
+        return cell.locator(".jp-InputPrompt").first.inner_text()
+
+    def start(self, cell) -> None:
+        cell.locator(".cm-content").first.click()
+        self.page.keyboard.press("Control+Enter")
+
+    def run(self, cell, seconds=30) -> str:
+        "Run a cell until it has a new number; its text output."
+        before = self.prompt(cell)
+        self.start(cell)
+        wait_for(lambda: self.prompt(cell) != before and re.search(r"\d", self.prompt(cell)), "a cell to run", seconds)
+        return cell.locator(".jp-OutputArea").first.inner_text()
+
+    def probe(self) -> dict:
+        return json.loads(re.search(r"\{.*\}", self.run(self.probe_cell))[0])
+
+    def click(self, name) -> None:
+        self.panel.locator("button", has_text=name).first.click()
+
+    def words(self) -> str:
+        return self.panel.locator(".widget-html", has_text=re.compile(r"step [\d,]+ of")).first.inner_text()
+
+    def state(self) -> str:
+        return re.search(r"idle|running|paused|done|failed", self.words())[0]
+
+    def step(self) -> int:
+        return int(re.search(r"step ([\d,]+) of", self.words())[1].replace(",", ""))
+
+    def picture(self) -> str:
+        "The pixels that are on the screen."
+        return self.panel.locator("img").first.evaluate("""image => {
+            const canvas = Object.assign(document.createElement('canvas'), {width: 64, height: 48});
+            canvas.getContext('2d').drawImage(image, 0, 0, 64, 48);
+            return image.complete && image.naturalWidth ? canvas.toDataURL() : '';
+        }""")
+
+    def slide(self, label, key, times) -> None:
+        slider = self.panel.locator(".widget-inline-hbox", has=self.page.get_by_text(label, exact=True)).locator(".noUi-handle")
+        slider.focus()
+        for _ in range(times):
+            self.page.keyboard.press(key)
+
+
+@pytest.fixture(scope="module")
+def lesson(tmp_path_factory):
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    assert chromium, "these tests need Chromium: run `make browser`"
+    folder = tmp_path_factory.mktemp("lesson")
+    lesson_for_the_test(folder)
+    with jupyterlab(folder) as address, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+        page = browser.new_page(viewport={"width": 1400, "height": 1000})
+        page.set_default_timeout(30_000)
+        page.goto(f"{address}/doc/tree/lesson.ipynb?token={TOKEN}")
+        page.wait_for_selector(".jp-Notebook .jp-CodeCell")
+        page.wait_for_selector("#jp-main-statusbar >> text=/\\| Idle/")
+        yield Lesson(page)
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def panel(lesson):
+    "The lesson after its cells have run, all but the last one, which never ends by itself."
+    lesson.probe_cell.locator(".cm-content").first.click()
+    lesson.page.get_by_role("menuitem", name="Run", exact=True).click()
+    lesson.page.get_by_role("menuitem", name="Run All Above Selected Cell").click()
+    wait_for(lambda: re.search(r"\d", lesson.prompt(lesson.panel_cell)), "all cells of the lesson to run", 90)
+    errors = lesson.page.locator("[data-mime-type='application/vnd.jupyter.error'], [data-mime-type='application/vnd.jupyter.stderr']")
+    assert errors.count() == 0, errors.all_inner_texts()
+    wait_for(lambda: lesson.panel.locator("button", has_text="Run").count(), "the panel")
+    return lesson
+
+
+@pytest.fixture
+def running(panel):
+    "The panel, reset and running."
+    if panel.state() == "running":  # a reset of a run that runs would run on
+        panel.click("Pause")
+        wait_for(lambda: panel.state() == "paused", "pause")
+    panel.click("Reset")
+    wait_for(lambda: panel.state() == "idle", "a reset")
+    panel.click("Run")
+    wait_for(lambda: panel.state() == "running" and panel.step() > 0, "the first steps")
+    return panel
+
+
+def test_the_picture_changes_and_the_counter_rises_while_another_cell_runs(running):
+    pictures, steps = set(), [running.step()]
+
+    def enough():
+        pictures.add(running.picture())
+        if running.step() > steps[-1]:
+            steps.append(running.step())
+        return len(pictures - {""}) >= 4 and len(steps) >= 4
+
+    wait_for(enough, "the picture to change")
+    first, second = running.probe(), running.probe()  # another cell, twice
+    assert second["steps"] > first["steps"] > 0 and second["threads"] == 1
+
+
+def test_a_slider_moved_while_it_runs_changes_the_next_records(running):
+    assert running.probe()["rates"] == [0.01]
+    running.slide("learning rate", "ArrowLeft", 4)
+    rates = wait_for(lambda: (found := running.probe()["rates"])[0] < 0.0099 and found, "a smaller learning rate")
+    assert rates[-1] == 0.01 and running.state() == "running"
+    running.slide("learning rate", "ArrowRight", 4)
+
+
+def test_pause_freezes_step_adds_one_reset_starts_again(running):
+    running.click("Pause")
+    wait_for(lambda: running.state() == "paused", "pause")
+    paused = running.probe()
+    assert running.step() == paused["steps"] == running.probe()["steps"] and paused["threads"] == 0
+    running.click("Step")
+    wait_for(lambda: running.step() == paused["steps"] + 1, "one more step")
+    assert running.probe()["steps"] == paused["steps"] + 1
+    running.click("Reset")
+    wait_for(lambda: running.step() == 0 and running.state() == "idle", "the start")
+    running.click("Run")
+    wait_for(lambda: running.step() > 0, "a new run")
+
+
+def test_stop_ends_the_thread(running):
+    assert running.probe()["threads"] == 1
+    running.click("Stop")
+    wait_for(lambda: running.state() == "done", "the end")
+    end = running.probe()
+    assert end["threads"] == 0 and end["state"] == "done" and running.probe()["steps"] == end["steps"]
+    assert running.panel.locator("button", has_text="Step").is_disabled()
+
+
+def test_running_the_cell_again_leaves_exactly_one_training_thread(running):
+    running.run(running.panel_cell)
+    wait_for(lambda: running.panel.locator("button", has_text="Run").count() and running.state() == "idle", "a new panel")
+    assert running.probe()["threads"] == 0
+    running.click("Run")
+    wait_for(lambda: running.step() > 0, "the new run")
+    assert running.probe()["threads"] == 1
+
+
+def test_an_interrupted_cell_leaves_nothing_running_unseen(running):
+    running.start(running.busy_cell)
+    wait_for(lambda: "*" in running.prompt(running.busy_cell), "a busy cell")
+    before = running.step()
+    wait_for(lambda: running.step() > before, "training beside a busy cell")
+    running.page.keyboard.press("Escape")
+    running.page.keyboard.press("i")
+    running.page.keyboard.press("i")
+    wait_for(lambda: running.state() == "paused", "the interrupt")
+    assert running.probe()["threads"] == 0
+
+
+@pytest.mark.parametrize("width", [600, 1400])
+def test_nothing_is_clipped(running, width):
+    running.page.set_viewport_size({"width": width, "height": 1000})
+    outside = """panel => {
+        const box = panel.getBoundingClientRect();
+        return [...panel.querySelectorAll('button, select, input, img, label, .noUi-target, .widget-readout')]
+            .filter(e => e.offsetParent && (e.getBoundingClientRect().right > box.right + 1 || e.getBoundingClientRect().left < box.left - 1))
+            .map(e => e.outerHTML.slice(0, 80))
+            .concat(panel.scrollWidth > panel.clientWidth + 1 ? ['it scrolls sideways'] : []);
+    }"""
+    wait_for(lambda: not running.panel.evaluate(outside), f"everything to fit into {width} pixels: {running.panel.evaluate(outside)}", 5)
+    if folder := os.environ.get("GS2D_SCREENSHOTS"):
+        running.panel.scroll_into_view_if_needed()
+        wait_for(lambda: running.step() > 300, "something to see")
+        running.page.screenshot(path=f"{folder}/live-{width}.png")
+        running.panel.screenshot(path=f"{folder}/live-panel-{width}.png")
+
+
+def test_a_broken_picture_shows_its_error_and_a_good_one_is_taken(running):
+    def upload(name, content):
+        with running.page.expect_file_chooser() as chooser:
+            running.panel.locator("button", has_text="Your picture").click()
+        chooser.value.set_files({"name": name, "mimeType": "image/png", "buffer": content})
+
+    upload("broken.png", b"this is not a picture")
+    running.panel.get_by_text("That did not work").wait_for()
+    assert "not a picture" in running.panel.inner_text() and running.state() == "running"
+    upload("dot.png", base64.b64decode(DOT))
+    running.panel.get_by_text("dot.png").wait_for()
+    assert running.probe()["threads"] == 1
