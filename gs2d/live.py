@@ -60,7 +60,7 @@ def _new_trainer(ground_truth: GroundTruth, config: TrainConfig) -> Trainer:
 
 # %% ../nbs/07_live.ipynb #session-loop
 def _take_steps(session: "LiveSession") -> None:
-    "The loop of a session that runs: what its thread does. It ends in another state than RUNNING, whatever happens."
+    "The loop of a session that runs: what its thread does. Whatever happens, it leaves another state than RUNNING."
     after = State.DONE
     try:
         session.watch()
@@ -99,17 +99,17 @@ def _pause_all(but: "LiveSession | None" = None) -> None:
 
 # %% ../nbs/07_live.ipynb #session-real
 class LiveSession:
-    """A training run to start, pause, step, change and stop from outside, while its steps are taken in a thread.
+    """A training run to start, pause, step, change and stop from outside, while a thread takes its steps.
 
-    A call that the state does not allow does nothing. `pause`, `stop` and `reset` return when the step under way is done.
+    A call that the state does not allow does nothing. `pause`, `stop` and `reset` return when the present step is done.
     """
 
     def __init__(
         self,
         ground_truth: GroundTruth,
         config: TrainConfig,
-        watch: Callable[[], None] = lambda: None,  # called after each step, by the thread that took it, and whenever the state changes
-        background: bool = True,  # False: `run` takes the steps itself, until they are done or an interrupt comes
+        watch: Callable[[], None] = lambda: None,  # called after each step, by who took it, and when the state changes
+        background: bool = True,  # False: `run` itself takes the steps, until done or interrupted
     ):
         self.ground_truth, self.config, self.watch, self.background = ground_truth, config, watch, background
         self.trainer = _new_trainer(ground_truth, config)
@@ -171,7 +171,7 @@ class LiveSession:
             self.run()
 
     def change(self, **fields) -> None:
-        "Change the configuration: what is in CHANGEABLE from the next step on, the rest (see `waiting`) from the next reset on."
+        "Change the configuration: fields in CHANGEABLE from the next step on, the rest (see `waiting`) from the next reset."
         self.config = dataclasses.replace(self.config, **fields)
         now = {name: value for name, value in fields.items() if name in CHANGEABLE}
         if now:
@@ -257,8 +257,10 @@ def _with_outlines(
     turn = torch.linspace(0, 2 * torch.pi, 40)
     circle = 2 * torch.stack([turn.cos(), turn.sin()], -1).to(scene.means)
     rims = scene.means[:, None] + circle @ (rotation_matrices(scene.rotations) * scene.scales[:, None, :]).mT
-    corner, unit = rims.new_tensor([domain.x_dim[0], domain.y_dim[1]]), rims.new_tensor([width / domain.width, -height / domain.height])
-    corners = ((rims - corner) * unit - 0.5).nan_to_num().clamp(-8192, 8192).mul(16).round().int().cpu().numpy()  # 1/16 pixel
+    top_left = rims.new_tensor([domain.x_dim[0], domain.y_dim[1]])
+    to_pixels = rims.new_tensor([width / domain.width, -height / domain.height])
+    corners = ((rims - top_left) * to_pixels - 0.5).nan_to_num().clamp(-8192, 8192)
+    corners = (16 * corners).round().int().cpu().numpy()  # OpenCV takes whole numbers: sixteenths of a pixel
     colors = (127 + 128 * scene.colors.nan_to_num().clamp(0, 1)).tolist()
     canvas = pixels // 3
     for rim, color in zip(corners, colors):
@@ -281,7 +283,8 @@ def _pixels(image: Tensor) -> np.ndarray:
 def _encoded(pixels: np.ndarray, suffix: str) -> bytes:
     import cv2
 
-    return cv2.imencode(suffix, pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85] if suffix == ".jpg" else [])[1].tobytes()
+    options = [cv2.IMWRITE_JPEG_QUALITY, 85] if suffix == ".jpg" else []
+    return cv2.imencode(suffix, pixels[..., ::-1], options)[1].tobytes()  # OpenCV counts blue, green, red
 
 # %% ../nbs/07_live.ipynb #views-draw
 @torch.no_grad()
@@ -289,27 +292,27 @@ def draw_view(
     trainer: Trainer,
     view: View = View.RENDER,
 ) -> np.ndarray:  # (H, W, 3) uint8, RGB
-    "What the live view shows of a trainer. Takes the picture that the last step rendered; only OPACITY renders anew."
+    "A trainer as it is now. Takes the picture that the last step rendered; only OPACITY renders anew."
     import cv2
 
-    truth, scene, target, image = trainer.ground_truth, trainer.scene, trainer.ground_truth.image, trainer.image
+    truth, scene, image = trainer.ground_truth, trainer.scene, trainer.image
     if image is None:  # before the first step
         image = render(scene, truth.height, truth.width, trainer.config.blend, truth.background)
     if view == View.ERROR:
-        error = (image.clamp(0, 1) - target.to(image).clamp(0, 1)).abs().mean(-1, keepdim=True)
+        error = (image.clamp(0, 1) - truth.image.to(image)).abs().mean(-1, keepdim=True)
         return cv2.applyColorMap(_pixels((4 * error).expand(-1, -1, 3)), cv2.COLORMAP_VIRIDIS)[..., ::-1]
     if view == View.OPACITY:
         screen = project(scene, truth.height, truth.width)
         screen = screen._replace(conics=4 * screen.conics, colors=screen.colors.clamp(0, 1))
         return _pixels(rasterize(screen, truth.height, truth.width, Blend.OVER, (0.5, 0.5, 0.5)))
     if view == View.SIDE_BY_SIDE:
-        return np.hstack([_pixels(target), _pixels(image)])
-    pixels = _pixels(target if view == View.TARGET else image)
+        return np.hstack([_pixels(truth.image), _pixels(image)])
+    pixels = _pixels(truth.image if view == View.TARGET else image)
     return _with_outlines(pixels, scene) if view == View.OUTLINES else pixels
 
 # %% ../nbs/07_live.ipynb #curves-real
 class _Curves:
-    "Loss and PSNR so far, as a PNG. One figure, drawn again and again; never pyplot, which belongs to the main thread."
+    "Loss and PSNR so far, as a PNG. One figure, drawn again and again."
 
     def __init__(self):
         from matplotlib.figure import Figure
@@ -329,12 +332,11 @@ class _Curves:
     def png(self, trainer: Trainer) -> bytes:
         "Draw what the trainer has recorded, thinned out to about 300 points."
         history = trainer.history[:: 1 + len(trainer.history) // 300] + trainer.history[-1:]
+        total, done = trainer.config.n_iterations, trainer.steps_done
         for ax, values in zip(self.axes, ([r.loss for r in history], [min(r.psnr, 99) for r in history])):
             ax.lines[0].set_data([r.step for r in history], values)
-            ax.relim()
-            ax.autoscale_view(scalex=False)
-        total, done = trainer.config.n_iterations, trainer.steps_done
-        self.axes[0].set(xlim=(0, min(total, 2 * done) or total), ylim=(0, None))
+            low, high = min(values, default=0), max(values, default=1)
+            ax.set(xlim=(0, min(total, 2 * done) or total), ylim=(min(low, 0.9 * low), 1.05 * high + 1e-9))
         file = io.BytesIO()
         self.figure.savefig(file, format="png")
         return file.getvalue()
@@ -597,9 +599,9 @@ def _connect(live: "LiveTrainer") -> None:
 
 # %% ../nbs/07_live.ipynb #panel-class
 class LiveTrainer:
-    """Watch a training run, and steer it. It shows itself at the end of a cell. There is one at a time: a new one closes the last.
+    """Watch a training run, and steer it. Shows itself at the end of a cell. A new one closes the one before.
 
-    `session` is the machine behind the panel. Its `run`, `pause`, `step`, `stop`, `reset` and `change` are what the controls call.
+    `session` is the machine behind the panel: its `run`, `pause`, `step`, `stop`, `reset` and `change` do what the controls do.
     """
 
     _open: "LiveTrainer | None" = None

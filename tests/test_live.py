@@ -323,6 +323,10 @@ def test_the_picture_and_the_curves_change_while_it_runs_and_the_last_one_is_exa
     click(live, "run")
     assert live.image.format == "png"
     assert np.array_equal(decoded(live.image), draw_view(live.trainer))
+    curves = decoded(live.curves)[..., :3].astype(int)
+    half = len(curves) // 2
+    for part, color in ((curves[:half], (0xD5, 0x5E, 0x00)), (curves[half:], (0x00, 0x72, 0xB2))):
+        assert (np.abs(part - color).max(-1) < 30).sum() > 50, "a curve in each half"
 
 
 @pytest.mark.parametrize("name, value, field, expected", [

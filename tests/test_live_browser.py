@@ -23,13 +23,15 @@ SETTINGS = {  # no questions about news; and all cells in the page, not only tho
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
     "notebook-extension/tracker": {"windowingMode": "none"},
 }
-PANEL_CELL = '''play = LiveTrainer(GroundTruth.random(30, 96, 128, seed=3), TrainConfig(n_gaussians=30, n_iterations=10**6, lr_schedule="constant", device="cpu"))
-play'''
-PROBE_CELL = '''import json
+PANEL_CELL = """play = LiveTrainer(blobs, TrainConfig(n_gaussians=30, n_iterations=10**6, lr_schedule="constant", device="cpu"))
+play"""
+PROBE_CELL = """import json
 history = list(play.trainer.history)
 print(json.dumps(dict(
     steps=len(history), state=play.session.state.value, n=len(play.trainer.scene), rates=sorted({record.lr for record in history}),
-    threads=[thread.name for thread in threading.enumerate()].count("gs2d-training"))))'''
+    threads=[thread.name for thread in threading.enumerate()].count("gs2d-training"))))"""
+FOREGROUND_CELL = """in_cell = LiveTrainer(blobs, TrainConfig(n_gaussians=30, n_iterations=10**6, device="cpu"), background=False)
+in_cell"""
 BUSY_CELL = "for _ in range(600): time.sleep(0.1)"
 
 DOT = "iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAIAAACQkWg2AAAAGklEQVR42mM8YaPBQApgYiARjGoY1TB0NAAAyUUBTEzmkP4AAAAASUVORK5CYII="  # 16×16 pixels
@@ -45,10 +47,10 @@ def wait_for(condition, what, seconds=30):
 
 
 def lesson_for_the_test(folder: Path) -> None:
-    "A copy of the lesson, with three more cells at its end. The stored one is not touched."
+    "A copy of the lesson, with a few more cells at its end. The stored one is not touched."
     shutil.copy(NBS / "gs2d.mplstyle", folder)
     notebook = nbformat.read(NBS / "07_live.ipynb", 4)
-    notebook.cells += [nbformat.v4.new_code_cell(source) for source in (PANEL_CELL, PROBE_CELL, BUSY_CELL)]
+    notebook.cells += [nbformat.v4.new_code_cell(source) for source in (PANEL_CELL, PROBE_CELL, BUSY_CELL, FOREGROUND_CELL)]
     nbformat.write(notebook, folder / "lesson.ipynb")
 
 
@@ -92,7 +94,7 @@ class Lesson:
 
     def __init__(self, page):
         self.page, self.cells = page, page.locator(".jp-Notebook .jp-CodeCell")
-        self.panel_cell, self.probe_cell, self.busy_cell = (self.cells.nth(self.cells.count() - k) for k in (3, 2, 1))
+        self.panel_cell, self.probe_cell, self.busy_cell, self.foreground_cell = (self.cells.nth(self.cells.count() - k) for k in (4, 3, 2, 1))
         # What cells put out, never their source.
         self.panel = self.panel_cell.locator(".jp-OutputArea-output").first
 
@@ -116,14 +118,18 @@ class Lesson:
     def click(self, name) -> None:
         self.panel.locator("button", has_text=name).first.click()
 
-    def words(self) -> str:
-        return self.panel.locator(".widget-html", has_text=re.compile(r"step [\d,]+ of")).first.inner_text()
+    def words(self, panel=None) -> str:
+        return (panel or self.panel).locator(".widget-html", has_text=re.compile(r"step [\d,]+ of")).first.inner_text()
 
     def state(self) -> str:
         return re.search(r"idle|running|paused|done|failed", self.words())[0]
 
     def step(self) -> int:
         return int(re.search(r"step ([\d,]+) of", self.words())[1].replace(",", ""))
+
+    def interrupt(self) -> None:
+        for key in ("Escape", "i", "i"):
+            self.page.keyboard.press(key)
 
     def picture(self) -> str:
         "The pixels that are on the screen."
@@ -159,7 +165,7 @@ def lesson(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def panel(lesson):
-    "The lesson after its cells have run, all but the last one, which never ends by itself."
+    "The lesson after its cells have run, up to the panel."
     lesson.probe_cell.locator(".cm-content").first.click()
     lesson.page.get_by_role("menuitem", name="Run", exact=True).click()
     lesson.page.get_by_role("menuitem", name="Run All Above Selected Cell").click()
@@ -242,9 +248,7 @@ def test_an_interrupted_cell_leaves_nothing_running_unseen(running):
     wait_for(lambda: "*" in running.prompt(running.busy_cell), "a busy cell")
     before = running.step()
     wait_for(lambda: running.step() > before, "training beside a busy cell")
-    running.page.keyboard.press("Escape")
-    running.page.keyboard.press("i")
-    running.page.keyboard.press("i")
+    running.interrupt()
     wait_for(lambda: running.state() == "paused", "the interrupt")
     assert running.probe()["threads"] == 0
 
@@ -279,3 +283,17 @@ def test_a_broken_picture_shows_its_error_and_a_good_one_is_taken(running):
     upload("dot.png", base64.b64decode(DOT))
     running.panel.get_by_text("dot.png").wait_for()
     assert running.probe()["threads"] == 1
+
+
+def test_in_the_foreground_the_cell_trains_until_it_is_interrupted(running):
+    cell = running.foreground_cell
+    panel = cell.locator(".jp-OutputArea-output").first
+    running.start(cell)
+    panel.locator("button", has_text="Pause").wait_for()
+    before = running.words(panel)
+    wait_for(lambda: running.words(panel) != before and "running" in running.words(panel), "training in the cell")
+    assert "*" in running.prompt(cell)
+    running.interrupt()
+    wait_for(lambda: re.search(r"\d", running.prompt(cell)) and "paused" in running.words(panel), "the cell to end")
+    assert cell.locator("[data-mime-type='application/vnd.jupyter.error']").count() == 0
+    assert running.probe()["threads"] == 0, "the view before was closed"
