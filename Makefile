@@ -46,7 +46,7 @@ $(RUN): constraints.txt settings.ini setup.py
 	@touch $@
 
 $(DEV): $(RUN)
-	$(PIP) --no-build-isolation --use-pep517 --editable ".[dev]"
+	$(PIP) --no-build-isolation --use-pep517 --editable ".[dev,video]"
 	@touch $@
 
 # --- for everybody -----------------------------------------------------------------------------
@@ -68,7 +68,7 @@ test-notebooks: $(DEV)  # the notebooks are clean, and gs2d/ and README.md are w
 test-lessons: $(DEV)    # every lesson runs from top to bottom
 	$(TOOLS) $(TWO) nbdev_test --n_workers 2 --do_print --timing
 
-test-units: $(DEV)
+test-units: $(DEV) browser
 	$(TOOLS) $(TWO) python -m pytest tests --numprocesses 2 --dist loadfile --durations 10 $(ARGS)
 
 test-wheel: $(DEV)      # the wheel installs in a fresh environment, and a short fit runs there
@@ -95,9 +95,9 @@ docs:
 	@echo "The website is in _docs/index.html"
 
 browser:
-	@if command -v chromium || command -v chromium-browser || command -v google-chrome; then :; \
+	@if command -v chromium >/dev/null; then :; \
 	elif ! command -v apt-get >/dev/null; then \
-	  echo "Tests in a browser need Chromium: install it so that 'chromium' is on the PATH." >&2; exit 1; \
+	  echo "The tests in a browser need Chromium: install it so that 'chromium' is on the PATH." >&2; exit 1; \
 	elif [ "$$(id -u)" = 0 ]; then apt-get update && apt-get install --yes --no-install-recommends chromium; \
 	elif sudo -n true 2>/dev/null; then sudo -n apt-get update && sudo -n apt-get install --yes --no-install-recommends chromium; \
 	else echo "Tests in a browser need Chromium: sudo apt-get install chromium" >&2; exit 1; fi

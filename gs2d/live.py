@@ -468,7 +468,6 @@ def _build(live: "LiveTrainer") -> None:
 # %% ../nbs/07_live.ipynb #panel-draw
 def _draw_frame(live: "LiveTrainer") -> None:
     "JPEG while it runs, exact PNG where it rests."
-    _say_state(live)
     kind = "jpeg" if live.session.state is State.RUNNING else "png"
     picture = _encoded(draw_view(live.trainer, live.view.value), ".jpg" if kind == "jpeg" else ".png")
     with live.image.hold_sync():
@@ -477,7 +476,8 @@ def _draw_frame(live: "LiveTrainer") -> None:
 
 
 def _draw_curves(live: "LiveTrainer") -> None:
-    live.curves.value = live._curves.png(live.trainer)
+    if live.session.state is not State.RUNNING or live.trainer.steps_done > 10:  # a curve of a few points says nothing
+        live.curves.value = live._curves.png(live.trainer)
 
 
 def _say_state(live: "LiveTrainer") -> None:
@@ -619,7 +619,8 @@ class LiveTrainer:
         self.session = LiveSession(truth, config or _default_config(truth), self._watch, background)
         if LiveTrainer._open is not None:
             LiveTrainer._open.close()
-        self._frame_pace, self._curve_pace = Pace(0.06, 0.045), Pace(0.6, 0.03)
+        self._drawings = [  # what to draw, and when: together at most 6 % of the time
+            (_draw_frame, Pace(0.06, 0.035)), (_say_state, Pace(0.25, 0.005)), (_draw_curves, Pace(0.6, 0.02))]
         self._curves, self._marks, self._recorder = _Curves(), deque(maxlen=32), None
         _build(self)
         _connect(self)
@@ -667,9 +668,9 @@ class LiveTrainer:
         running = self.session.state is State.RUNNING
         if self._recorder is not None:
             _record(self)
-        for pace, draw in ((self._frame_pace, _draw_frame), (self._curve_pace, _draw_curves)):
+        for draw, pace in self._drawings:
             if not running:
                 draw(self)
-            elif pace.due() and (draw is _draw_frame or self.trainer.steps_done > 10):  # no curve of a point or two
+            elif pace.due():
                 with pace:
                     draw(self)
