@@ -10,6 +10,7 @@ __all__ = ['ALLOWED', 'LEGENDS', 'SHOWN_SIDE', 'State', 'LiveSession', 'View', '
 # it. Nothing here is inside the training loop: both look at a Trainer between two of its steps.
 import dataclasses
 import html
+import importlib
 import io
 import threading
 import time
@@ -27,10 +28,10 @@ from torch import Tensor
 from .densify import DensifyConfig
 from .gaussians import Gaussians2D, rotation_matrices
 from .ground_truth import GroundTruth, save_picture, to_pil
-from .init_levels import InitLevel, initialize_scene
+from .init_levels import InitLevel
 from .loss import L1SSIMLoss
 from .renderer import Blend, project, rasterize, render
-from .train import CHANGEABLE, LRSchedule, TrainConfig, Trainer, TrainResult, _derived_seed
+from .train import CHANGEABLE, LRSchedule, TrainConfig, Trainer, TrainResult, make_trainer
 
 # %% ../nbs/07_live.ipynb #states-real
 class State(str, Enum):
@@ -50,13 +51,6 @@ ALLOWED = {  # what each state lets you do; a reset is always allowed
     State.DONE: set(),
     State.FAILED: set(),
 }
-
-# %% ../nbs/07_live.ipynb #session-start
-def _new_trainer(ground_truth: GroundTruth, config: TrainConfig) -> Trainer:
-    "A trainer at step 0, with the start that `train` gives a run of this configuration."
-    target = dataclasses.replace(ground_truth, blend=config.blend)
-    seed = _derived_seed(config.seed, "start")
-    return Trainer(ground_truth, initialize_scene(target, config.init_level, config.n_gaussians, seed=seed), config)
 
 # %% ../nbs/07_live.ipynb #session-loop
 def _take_steps(session: "LiveSession") -> None:
@@ -112,7 +106,7 @@ class LiveSession:
         background: bool = True,  # False: `run` itself takes the steps, until done or interrupted
     ):
         self.ground_truth, self.config, self.watch, self.background = ground_truth, config, watch, background
-        self.trainer = _new_trainer(ground_truth, config)
+        self.trainer = make_trainer(config, ground_truth)
         self.state, self.error = State.IDLE, None
         self._control = threading.RLock()  # one caller at a time may start and stop
         self._notes = deque()  # functions to call between two steps
@@ -163,7 +157,7 @@ class LiveSession:
             self._halt(State.PAUSED)
             self.ground_truth = ground_truth or self.ground_truth
             try:
-                self.trainer, self.state, self.error = _new_trainer(self.ground_truth, self.config), State.IDLE, None
+                self.trainer, self.state, self.error = make_trainer(self.config, self.ground_truth), State.IDLE, None
             except (TypeError, ValueError) as error:
                 self.state, self.error = State.FAILED, error
             self.watch()
@@ -455,7 +449,8 @@ def _build(live: "LiveTrainer") -> None:
     known = live.session.ground_truth.scene is not None
     live.controls = _make_controls(live.session.config, InitLevel if known else _NEED_NO_SCENE)
     live.words, live.legend, live.message = widgets.HTML(), widgets.HTML(), widgets.HTML()
-    live.image, live.curves = (widgets.Image(layout=widgets.Layout(width="100%", object_fit="contain")) for _ in range(2))
+    fit = dict(width="100%", max_height="440px", object_fit="contain", object_position="left top")
+    live.image, live.curves = widgets.Image(layout=widgets.Layout(**fit)), widgets.Image(layout=widgets.Layout(**fit))
     run, step, stop, reset, scene, image = live.buttons.values()
     groups = [_column(widgets.HTML(f"<b>{heading}</b>"), *map(live.controls.get, names)) for heading, names in _GROUPS.items()]
     files = _column(widgets.HTML("<b>Save, or bring your own</b>"), _row(scene, image, live.video), live.upload)
@@ -517,9 +512,8 @@ def _save_image(live: "LiveTrainer") -> str:
 
 
 def _start_video(live: "LiveTrainer") -> str:
-    from gs2d.video import VideoRecorder
-
-    live._recorder = VideoRecorder(_path(live, ".webm"))
+    video = importlib.import_module("gs2d.video")  # by name: the next lesson builds it
+    live._recorder = video.VideoRecorder(_path(live, ".webm"))
     return "Recording, which slows the training down. Press Video again to save."
 
 
