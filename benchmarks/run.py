@@ -5,13 +5,16 @@ Prints tables, and writes results.json and pairs.png into --out.
 """
 
 import argparse
+import ctypes
 import json
 import math
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -129,9 +132,32 @@ def bench_steps(quick):
     return rows
 
 
+def cpp_baseline():
+    "The C++ version of baseline.cpp, compiled here and now; None where there is no compiler."
+    if shutil.which("g++") is None:
+        return None
+    library = Path(tempfile.mkdtemp()) / "baseline.so"
+    flags = ["-O3", "-march=native", "-ffast-math", "-std=c++17", "-shared", "-fPIC", "-pthread"]
+    subprocess.run(["g++", *flags, str(HERE / "baseline.cpp"), "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def cpp_times(library, screen, height, width, grad, seconds):
+    "Seconds of the C++ version's forward and backward pass over a sum of Gaussians, with as many threads as PyTorch."
+    values = screen.opacities[:, None] * screen.colors
+    n, k = values.shape
+    arrays = [t.detach().contiguous().numpy() for t in (screen.means, screen.conics, values, grad.permute(2, 0, 1))]
+    image, grads = np.empty((k, height, width), np.float32), np.empty((n, 6 + k), np.float32)
+    means, shapes, inks, slopes, image, grads = (a.ctypes.data_as(ctypes.c_void_p) for a in (*arrays, image, grads))
+    size, threads = (n, k, height, width), torch.get_num_threads()
+    forward, _ = measure(lambda: library.splat_forward(*size, means, shapes, inks, image, threads), seconds)
+    backward, _ = measure(lambda: library.splat_backward(*size, means, shapes, inks, slopes, grads, threads), seconds)
+    return forward, backward
+
+
 def bench_pairs(quick):
-    "Nanoseconds per visited pixel–Gaussian pair of the compiled kernels, forward and backward."
-    rows = []
+    "Nanoseconds per visited pixel–Gaussian pair of the compiled kernels, forward and backward, beside plain C++."
+    rows, library = [], cpp_baseline()
     for n, height, width, sigma in [(500, 256, 256, 8.0), (5_000, 512, 768, 5.0), (50_000, 512, 768, 2.0)]:
         scene = make_scene(n, height, width, sigma)
         pairs = count_pairs(project(scene, height, width), height, width)
@@ -142,9 +168,12 @@ def bench_pairs(quick):
                 forward, _ = measure(lambda: rasterize(screen, height, width, blend), 0.3 if quick else 1.5)
             image = rasterize(screen, height, width, blend)
             backward, repeats = measure(lambda: torch.autograd.grad(image, screen, grad, retain_graph=True), 0.3 if quick else 1.5)
-            rows.append(dict(case=f"{n:,} on {width}×{height}, σ ≈ {sigma:g} px", blend=blend.value, pairs=pairs, repeats=repeats,
-                             forward_ns=1e9 * forward / pairs, backward_ns=1e9 * backward / pairs,
-                             forward_ms=1000 * forward, backward_ms=1000 * backward))
+            row = dict(case=f"{n:,} on {width}×{height}, σ ≈ {sigma:g} px", blend=blend.value, pairs=pairs, repeats=repeats,
+                       forward_ns=1e9 * forward / pairs, backward_ns=1e9 * backward / pairs)
+            if library and blend is Blend.ADDITIVE:
+                forward, backward = cpp_times(library, screen, height, width, grad, 0.3 if quick else 1.5)
+                row |= {"C++ forward_ns": 1e9 * forward / pairs, "C++ backward_ns": 1e9 * backward / pairs}
+            rows.append(row)
     return rows
 
 
@@ -222,6 +251,34 @@ def bench_memory(quick):
     return rows
 
 
+def bench_live(quick):
+    "Steps per second without and with the live view in front, one after the other, several times."
+    from gs2d.ground_truth import GroundTruth
+    from gs2d.live import LiveSession, LiveTrainer, State
+    from gs2d.train import TrainConfig
+
+    rows = []
+    for n, height, width in [(100, 64, 64), (500, 256, 384)]:
+        truth = GroundTruth.random(n, height, width, seed=0)
+        config = TrainConfig(n_gaussians=n, height=height, width=width, n_iterations=10**6)
+        speeds = {"without": [], "with": []}
+        for _ in range(1 if quick else 5):
+            for name, speed in speeds.items():
+                session = LiveSession(truth, config) if name == "without" else LiveTrainer(truth, config).session
+                session.run()
+                time.sleep(0.5)  # the first steps load and measure
+                start, first = time.perf_counter(), session.trainer.steps_done
+                time.sleep(2.0)
+                steps = session.trainer.steps_done - first
+                speed.append(steps / (time.perf_counter() - start))
+                session.stop()
+                if session.state is not State.DONE:
+                    raise RuntimeError(f"expected a session that ran until it was stopped, got {session.error!r}")
+        medians = {name: statistics.median(speed) for name, speed in speeds.items()}
+        rows.append(dict(case=f"{n} on {width}×{height}", unit="steps/s", **medians, ratio=medians["with"] / medians["without"]))
+    return rows
+
+
 def machine():
     "What the numbers were measured on."
     name = platform.processor() or platform.machine()
@@ -255,7 +312,7 @@ def print_ratios(rows, to="kernels"):
 
 
 def main():
-    sections = {"steps": bench_steps, "pairs": bench_pairs, "ssim": bench_ssim, "scaling": bench_scaling, "memory": bench_memory}
+    sections = {"steps": bench_steps, "pairs": bench_pairs, "ssim": bench_ssim, "scaling": bench_scaling, "memory": bench_memory, "live": bench_live}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=sections, default=list(sections), help="sections to run")
     parser.add_argument("--quick", action="store_true", help="our kernels alone and few repeats, to see that it runs")

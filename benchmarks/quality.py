@@ -1,0 +1,147 @@
+"""Measure the quality of fits for every Gaussian and every second spent: `make bench-quality ARGS="FOLDER"`.
+
+FOLDER holds the pictures; the project's own numbers are for six of the Kodak set (04, 05, 08, 15, 20, 23). Every number
+is of the clamped float image, seed 0. Seconds are those of the steps, on this machine, now. Prints tables, and
+writes quality.json, table.csv and table.png into --out.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from run import machine
+
+from gs2d import train as training
+from gs2d.densify import DensifyStrategy
+from gs2d.fit import (
+    PUBLISHED, bench, bench_csv, bench_row, bench_table, fit_config, fit_image, fit_trainer, mean_row, ms_ssim, photo_target, rate_quality)
+from gs2d.init_levels import InitLevel
+from gs2d.loss import L1SSIMLoss, l2_loss
+from gs2d.renderer import Blend
+from gs2d.train import LRSchedule, run
+
+HERE = Path(__file__).parent
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+TABLE = [(5_000, 3_000), (9_000, 900), (10_000, 3_500), (30_000, 2_500)]  # Gaussians, steps
+
+
+def bench_main(pictures, options):
+    "PSNR, SSIM, MS-SSIM and cost, for four numbers of Gaussians."
+    rows = []
+    for n, steps in options.table:
+        for row in bench(pictures, [n], steps=steps):
+            rows.append(row)
+            print(bench_table(rows).splitlines()[-1], flush=True)
+        (options.out / "table.csv").write_bytes(bench_csv(rows))
+    means = [(row["n_gaussians"], row["psnr"]) for row in rows if row["picture"] == "mean"]
+    curves = {f"gs2d, {len(pictures)} pictures": means} | {f"{name}, 24": points for name, points in PUBLISHED.items()}
+    rate_quality(curves).savefig(options.out / "table.png")
+    return rows
+
+
+def _removals(config):
+    "What the recipe is without one of its ingredients: name -> configuration."
+    n = config.densify.max_gaussians
+    factor = (1 + config.densify.growth) - 1
+    pull = replace(config.densify, strategy=DensifyStrategy.GRADIENT, grad_threshold=0.0, max_gaussians=n, growth=factor)
+    return {
+        "the whole recipe": config,
+        "all Gaussians from the start": replace(config, n_gaussians=n, densify=None),
+        "growth by gradient, not by error": replace(config, densify=pull),
+        "random start": replace(config, init_level=InitLevel.RANDOM),
+        "one rate for all parameters": replace(config, lr_scale={}),
+        "constant rate": replace(config, lr_schedule=LRSchedule.CONSTANT),
+        "Adam's usual β₂ = 0.999": config,
+        "sum, not average": replace(config, blend=Blend.ADDITIVE),
+        "L1 + SSIM, not squared error": replace(config, loss=L1SSIMLoss()),
+    }
+
+
+def bench_ablation(pictures, options):
+    "Mean PSNR with one ingredient of the recipe removed."
+    scores, usual = {}, training.ADAM_BETAS
+    for path in pictures:
+        truth = photo_target(path)
+        removals = _removals(fit_config(truth.height, truth.width, options.n, options.steps))
+        for name, config in removals.items():
+            training.ADAM_BETAS = (0.9, 0.999) if "β₂" in name else usual
+            result = run(fit_trainer(truth, config), progress=False)
+            scores.setdefault(name, []).append(result.psnr)
+            print(f"{path.stem}  {name}: {result.psnr:.2f}  ({len(result.scene):,} Gaussians, {result.timing.total_s:.1f} s)", flush=True)
+    training.ADAM_BETAS = usual
+    whole = statistics.mean(scores["the whole recipe"])
+    rows = [dict(removed=name, psnr=statistics.mean(values), change=statistics.mean(values) - whole) for name, values in scores.items()]
+    print(f"\n| {options.n:,} Gaussians, {options.steps:,} steps | mean PSNR, dB | change |\n|---|---|---|")
+    for row in rows:
+        change = "" if row["removed"] == "the whole recipe" else f"{row['change']:+.2f}".replace("-", "−")
+        print(f"| {row['removed']} | {row['psnr']:.2f} | {change} |")
+    return rows
+
+
+def bench_losses(pictures, options):
+    "Squared error against L1 + SSIM at equal N and time; MS-SSIM also by pytorch-msssim."
+    from pytorch_msssim import ms_ssim as peer
+
+    rows = []
+    for name, loss in {"l2": l2_loss, "l1_ssim": L1SSIMLoss()}.items():
+        mine = []
+        for path in pictures:
+            result = fit_image(path, options.n, seconds=options.seconds, loss=loss, progress=False)
+            planes = [image.permute(2, 0, 1)[None].clamp(0, 1) for image in (result.image, result.ground_truth.image)]
+            mine.append(bench_row(path.stem, result) | {"loss": name, "pytorch_msssim": peer(*planes, data_range=1.0).item()})
+            print(name, {key: mine[-1][key] for key in ("picture", "psnr", "ssim", "ms_ssim", "pytorch_msssim", "seconds", "steps")}, flush=True)
+        rows += mine
+        print(f"mean {name}: " + ", ".join(f"{key} {statistics.mean(row[key] for row in mine):.4f}" for key in ("psnr", "ssim", "ms_ssim", "pytorch_msssim")))
+    return rows
+
+
+def bench_targets(pictures, options):
+    "How many Gaussians each picture needs for the target, and whether 9 % fewer would have done."
+    rows = []
+    for path in pictures:
+        start = time.perf_counter()
+        result = fit_image(path, target_psnr=options.target, steps=options.target_steps)
+        seconds, n = time.perf_counter() - start, len(result.scene)
+        fewer = fit_image(path, math.floor(n / 1.1), options.target_steps, progress=False)
+        rows.append(dict(picture=path.stem, n_gaussians=n, psnr=result.psnr, seconds=seconds, of_a_fit=seconds / result.timing.total_s,
+                         n_fewer=len(fewer.scene), psnr_fewer=fewer.psnr))
+        print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+    return rows
+
+
+def main():
+    sections = {"main": bench_main, "ablation": bench_ablation, "losses": bench_losses, "targets": bench_targets}
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="the folder with the pictures")
+    parser.add_argument("--only", nargs="+", choices=sections, default=["main"], help="sections to run (default: main)")
+    parser.add_argument("--table", nargs="+", metavar="N:STEPS", help="Gaussians and steps of the rows of main")
+    parser.add_argument("--n", type=int, default=10_000, help="Gaussians for ablation and losses")
+    parser.add_argument("--steps", type=int, default=1_000, help="steps for ablation")
+    parser.add_argument("--seconds", type=float, default=20.0, help="for each fit of losses")
+    parser.add_argument("--target", type=float, default=32.0, help="decibels for targets")
+    parser.add_argument("--target-steps", type=int, default=1_000, help="steps of each fit of targets")
+    parser.add_argument("--out", type=Path, default=HERE / "out", help="folder for the results")
+    options = parser.parse_args()
+    options.table = [tuple(map(int, row.split(":"))) for row in options.table] if options.table else TABLE
+    pictures = sorted(path for path in options.folder.glob("*") if path.suffix.lower() in SUFFIXES)
+    if not pictures:
+        sys.exit(f"{options.folder}: expected pictures ({', '.join(SUFFIXES)}), got none")
+    options.out.mkdir(parents=True, exist_ok=True)
+    file = options.out / "quality.json"
+    results = json.loads(file.read_text()) if file.exists() else {}
+    results["machine"] = machine()
+    print("  ".join(f"{key}: {value}" for key, value in results["machine"].items()))
+    for name in options.only:
+        print(f"\n{sections[name].__doc__}")
+        results[name] = sections[name](pictures, options)
+        file.write_text(json.dumps(results, indent=1))
+    print(f"\nwrote {file}")
+
+
+if __name__ == "__main__":
+    main()
