@@ -16,7 +16,7 @@ TWO   := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help run test test-notebooks test-lessons test-units test-wheel lessons export readme docs bench browser clean distclean
+.PHONY: help run test test-notebooks test-lessons test-units test-wheel lessons export readme docs bench bench-quality browser clean distclean
 
 help:
 	@echo "make run        fit the default photograph (another: make run ARGS=\"photo.jpg --steps 500\")"
@@ -25,6 +25,7 @@ help:
 	@echo "make export     write the modules and README.md from the notebooks, and clean the notebooks"
 	@echo "make docs       build the website (needs Quarto)"
 	@echo "make bench      measure speed next to others"
+	@echo "make bench-quality ARGS=\"FOLDER\"   measure the quality of fits to the pictures in a folder"
 	@echo "make browser    install Chromium for the tests that need a browser"
 	@echo "make clean      remove what was built (distclean: and .venv); results in gs2d-out/ stay"
 
@@ -84,6 +85,9 @@ readme: $(DEV)
 
 bench: $(DEV)
 	$(TOOLS) python benchmarks/run.py $(ARGS)
+
+bench-quality: $(DEV)
+	$(TOOLS) python benchmarks/quality.py $(ARGS)
 
 # nbdev renders README.md with Quarto when it is older than index.ipynb; ours comes from `make export`.
 docs:

@@ -19,7 +19,7 @@ from run import machine
 from gs2d import train as training
 from gs2d.densify import DensifyStrategy
 from gs2d.fit import (
-    PUBLISHED, bench, bench_csv, bench_row, bench_table, fit_config, fit_image, fit_trainer, mean_row, ms_ssim, photo_target, rate_quality)
+    PUBLISHED, bench, bench_csv, bench_row, bench_table, fit_config, fit_image, fit_trainer, photo_target, rate_quality)
 from gs2d.init_levels import InitLevel
 from gs2d.loss import L1SSIMLoss, l2_loss
 from gs2d.renderer import Blend
@@ -47,8 +47,7 @@ def bench_main(pictures, options):
 def _removals(config):
     "What the recipe is without one of its ingredients: name -> configuration."
     n = config.densify.max_gaussians
-    factor = (1 + config.densify.growth) - 1
-    pull = replace(config.densify, strategy=DensifyStrategy.GRADIENT, grad_threshold=0.0, max_gaussians=n, growth=factor)
+    pull = replace(config.densify, strategy=DensifyStrategy.GRADIENT, grad_threshold=0.0)
     return {
         "the whole recipe": config,
         "all Gaussians from the start": replace(config, n_gaussians=n, densify=None),
@@ -66,7 +65,7 @@ def bench_ablation(pictures, options):
     "Mean PSNR with one ingredient of the recipe removed."
     scores, usual = {}, training.ADAM_BETAS
     for path in pictures:
-        truth = photo_target(path)
+        truth = photo_target(path, options.max_side)
         removals = _removals(fit_config(truth.height, truth.width, options.n, options.steps))
         for name, config in removals.items():
             training.ADAM_BETAS = (0.9, 0.999) if "β₂" in name else usual
@@ -91,7 +90,7 @@ def bench_losses(pictures, options):
     for name, loss in {"l2": l2_loss, "l1_ssim": L1SSIMLoss()}.items():
         mine = []
         for path in pictures:
-            result = fit_image(path, options.n, seconds=options.seconds, loss=loss, progress=False)
+            result = fit_image(path, options.n, max_side=options.max_side, seconds=options.seconds, loss=loss, progress=False)
             planes = [image.permute(2, 0, 1)[None].clamp(0, 1) for image in (result.image, result.ground_truth.image)]
             mine.append(bench_row(path.stem, result) | {"loss": name, "pytorch_msssim": peer(*planes, data_range=1.0).item()})
             print(name, {key: mine[-1][key] for key in ("picture", "psnr", "ssim", "ms_ssim", "pytorch_msssim", "seconds", "steps")}, flush=True)
@@ -120,6 +119,7 @@ def main():
     parser.add_argument("folder", type=Path, help="the folder with the pictures")
     parser.add_argument("--only", nargs="+", choices=sections, default=["main"], help="sections to run (default: main)")
     parser.add_argument("--table", nargs="+", metavar="N:STEPS", help="Gaussians and steps of the rows of main")
+    parser.add_argument("--max-side", type=int, help="pixels of the longer side, for ablation and losses")
     parser.add_argument("--n", type=int, default=10_000, help="Gaussians for ablation and losses")
     parser.add_argument("--steps", type=int, default=1_000, help="steps for ablation")
     parser.add_argument("--seconds", type=float, default=20.0, help="for each fit of losses")

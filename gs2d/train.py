@@ -503,7 +503,7 @@ def run(
 def _report(bar, trainer: Trainer, record: StepRecord) -> None:
     "Move the bar, and after every tenth of the run write a line that stays."
     done, total = record.step + 1, trainer.config.n_iterations
-    every = max(1, total // 10)
+    every, bar.total = max(1, total // 10), total  # it may change on the way
     bar.set_postfix_str(record.summary(), refresh=False)
     bar.update()
     if done % every == 0:

@@ -37,7 +37,7 @@ BUSY_CELL = "for _ in range(600): time.sleep(0.1)"
 DOT = "iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAIAAACQkWg2AAAAGklEQVR42mM8YaPBQApgYiARjGoY1TB0NAAAyUUBTEzmkP4AAAAASUVORK5CYII="  # 16×16 pixels
 
 
-def wait_for(condition, what, seconds=30):
+def wait_for(condition, what, seconds=120):
     "The first true value of `condition()`."
     deadline = time.monotonic() + seconds
     while not (value := condition()):
@@ -105,7 +105,7 @@ class Lesson:
         cell.locator(".cm-content").first.click()
         self.page.keyboard.press("Control+Enter")
 
-    def run(self, cell, seconds=30) -> str:
+    def run(self, cell, seconds=120) -> str:
         "Run a cell until it has a new number; its text output."
         before = self.prompt(cell)
         self.start(cell)
@@ -155,7 +155,7 @@ def lesson(tmp_path_factory):
     with jupyterlab(folder) as address, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
-        page.set_default_timeout(30_000)
+        page.set_default_timeout(120_000)
         page.goto(f"{address}/doc/tree/lesson.ipynb?token={TOKEN}")
         page.wait_for_selector(".jp-Notebook .jp-CodeCell")
         page.wait_for_selector("#jp-main-statusbar >> text=/\\| Idle/")

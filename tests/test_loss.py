@@ -223,7 +223,7 @@ def test_identical_pictures():
         assert l1_loss(photo, photo) == 0 and l2_loss(photo, photo) == 0 and psnr(photo, photo) == math.inf
 
 
-@pytest.mark.parametrize("function", FUNCTIONS, ids=str)
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda value: getattr(value, "__name__", str(value)))
 def test_symmetric(function):
     image, target = pair((17, 13, 3))
     assert_close(function(image, target), function(target, image))
@@ -267,7 +267,7 @@ def test_weights_are_checked(weights, error, says):
 
 # bad input
 
-@pytest.mark.parametrize("function", [*FUNCTIONS, ssim_map], ids=str)
+@pytest.mark.parametrize("function", [*FUNCTIONS, ssim_map], ids=lambda value: getattr(value, "__name__", str(value)))
 @pytest.mark.parametrize(
     "image, target, error, says",
     [
@@ -294,7 +294,7 @@ def test_an_unknown_backend_is_named():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("function", FUNCTIONS, ids=str)
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda value: getattr(value, "__name__", str(value)))
 def test_one_nan_makes_the_number_nan(function, dtype):
     image, target = pair((15, 16, 3), dtype)
     image[7, 7, 1] = math.nan
@@ -304,7 +304,7 @@ def test_one_nan_makes_the_number_nan(function, dtype):
 # gradients
 
 @pytest.mark.parametrize("shape", [(12, 13, 2), (4, 3, 1), (1, 1, 3)])
-@pytest.mark.parametrize("function", FUNCTIONS, ids=str)
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda value: getattr(value, "__name__", str(value)))
 def test_gradients_equal_finite_differences(function, shape):
     generator = torch.Generator().manual_seed(5)
     inputs = [(0.1 + 0.8 * torch.rand(shape, generator=generator, dtype=torch.float64)).requires_grad_() for _ in range(2)]
@@ -320,7 +320,7 @@ def test_gradients_by_hand():
     assert_close(slope, 2 * (image - target).detach() / 60)
 
 
-@pytest.mark.parametrize("loss", [l1_loss, l2_loss, L1SSIMLoss(), L1SSIMLoss(0, 1)], ids=str)
+@pytest.mark.parametrize("loss", [l1_loss, l2_loss, L1SSIMLoss(), L1SSIMLoss(0, 1)], ids=lambda value: getattr(value, "__name__", str(value)))
 def test_descending_the_gradient_lowers_the_loss(loss):
     target = portrait()
     image = portrait(blur=True).requires_grad_()

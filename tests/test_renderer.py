@@ -156,13 +156,13 @@ def test_float64_and_unknown_devices_use_the_reference():
 
 
 def test_reference_memory_is_bounded():
-    "2,000 Gaussians on 512×600 would take 2.5 GB for one table; forward and backward together may use a fifth of that."
+    "1,000 Gaussians on 512×600 would take 1.2 GB for one table, and autograd keeps several; ours may use 400 MB in all."
     resource = pytest.importorskip("resource", reason="this platform does not report peak memory")
     code = """
 import resource, torch
 from gs2d.gaussians import Gaussians2D
 from gs2d.renderer import render
-r = torch.rand(2000, 9)
+r = torch.rand(1000, 9)
 scene = Gaussians2D.from_values(10 * r[:, :2] - 5, r[:, 2:4] + .05, r[:, 4], r[:, 5], r[:, 6:])
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = peak()
@@ -172,7 +172,7 @@ print(peak() - before)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kilobytes on Linux
-    assert int(done.stdout) * unit < 500e6
+    assert int(done.stdout) * unit < 400e6
 
 
 @pytest.mark.parametrize("blend", BLENDS)
@@ -187,6 +187,7 @@ def test_a_hair_thin_gaussian_does_not_flash(blend, backend):
         assert all(g.isfinite().all() for g in torch.autograd.grad(image.sum(), list(single.parameters())))
 
 
+@pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # torch.compile warns of itself
 def test_torch_compile_traces_through_the_kernels():
     scene = make_scene(6)
     expected = render(scene, 16, 16)  # also loads the kernels
