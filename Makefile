@@ -56,7 +56,7 @@ run: $(RUN)
 	$(VENV)/bin/gs2d fit $(ARGS)
 
 lessons: $(DEV)
-	cd nbs && $(TOOLS) python -m jupyterlab $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
+	cd nbs && $(TOOLS) OMP_WAIT_POLICY=PASSIVE python -m jupyterlab $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 
 # --- for those who change something ------------------------------------------------------------
 

@@ -76,7 +76,7 @@ def test_version_and_help():
     assert succeeds("--version").stdout == f"gs2d {__version__}\n"
     for arguments in ((), ("--help",)):
         assert "Examples:" in succeeds(*arguments).stdout
-    for command in ("fit", "train", "render", "info"):
+    for command in ("fit", "bench", "train", "render", "info"):
         assert "Example" in succeeds(command, "--help").stdout
 
 
@@ -97,6 +97,56 @@ def test_fit_options_arrive():
     succeeds("fit", picture(), *QUICK, "--blend", "over", "--seed", 5, "--loss", "l1_ssim", "--background", "white", "--out", "out")
     about, kept = (json.loads(Path("out", name).read_text()) for name in ("metrics.json", "scene.json"))
     assert (about["blend"], about["seed"], kept["blend"], kept["background"]) == ("over", 5, "over", [1, 1, 1])
+
+
+def test_fit_in_seconds():
+    done = succeeds("fit", picture(), "--n-gaussians", 6, "--seconds", 0.05, "--device", "cpu", "--out", "out")
+    about = json.loads(Path("out/metrics.json").read_text())
+    assert "0.05 s" in done.stderr and about["steps"] >= 2 and about["n_gaussians"] <= 6
+
+
+def test_fit_to_a_target():
+    done = succeeds("fit", picture(), "--target-psnr", 30, "--steps", 40, "--device", "cpu", "--out", "out")
+    about = json.loads(Path("out/metrics.json").read_text())
+    assert about["psnr"] >= 30 and f"{about['n_gaussians']} Gaussians" in done.stdout and "a whole fit with" in done.stderr
+
+
+def test_fit_with_a_preset():
+    succeeds("fit", picture(), "--quality", "draft", "--device", "cpu", "-q", "--out", "out")
+    assert json.loads(Path("out/metrics.json").read_text())["steps"] == 300
+
+
+def test_fit_and_render_with_transparency():
+    Image.linear_gradient("L").resize((20, 16)).convert("LA").save("soft.png")
+    clear = Image.new("RGBA", (20, 16), (255, 0, 0, 0))
+    clear.paste((255, 0, 0, 255), (0, 0, 10, 16))
+    clear.save("half.png")
+    succeeds("fit", "half.png", "--alpha", "--steps", 60, "--n-gaussians", 20, "--device", "cpu", "-q", "--out", "out")
+    succeeds("render", "out/scene.json", "--out", "again.png")
+    corner = lambda name, x: Image.open(name).getpixel((x, 8))
+    for name in ("out/render.png", "again.png"):
+        assert Image.open(name).mode == "RGBA" and corner(name, 2)[3] > 200 > 60 > corner(name, 17)[3]
+    succeeds("render", "out/scene.json", "--background", "white", "--out", "white.png")
+    assert Image.open("white.png").mode == "RGB" and min(corner("white.png", 17)) > 200 and corner("white.png", 2)[1] < 60
+
+
+def test_bench_measures_a_folder():
+    Path("pictures").mkdir()
+    for name in ("b.png", "a.jpg"):
+        picture(Path("pictures", name))
+    Path("pictures/notes.txt").write_text("not a picture")
+    done = succeeds("bench", "pictures", "--n-gaussians", 4, "--n-gaussians", 8, "--steps", 5, "--device", "cpu", "--out", "out")
+    assert sorted(path.name for path in Path("out").iterdir()) == ["bench.csv", "bench.png"]
+    rows = [line.split(",") for line in Path("out/bench.csv").read_text().splitlines()]
+    assert [row[0] for row in rows] == ["picture", "a", "b", "mean", "a", "b", "mean"] and rows[3][1] == "4.0"
+    assert len(done.stdout.splitlines()) == 8 and "results in out" in done.stdout
+
+
+def test_bench_of_nothing():
+    Path("empty").mkdir()
+    assert "expected pictures" in fails("bench", "empty")
+    assert "expected a folder" in fails("bench", "missing")
+    assert not Path("gs2d-out").exists()
 
 
 def test_runs_within_one_second_get_folders_of_their_own(monkeypatch):
@@ -148,10 +198,13 @@ def test_every_field_is_an_option_with_its_default_in_the_help():
 
 
 def test_defaults_in_the_help_of_fit_are_those_of_the_library():
-    from gs2d.fit import MAX_SIDE, PIXELS_PER_GAUSSIAN, STEPS_FOR_A_PHOTO
+    from gs2d.fit import MAX_SIDE, PIXELS_PER_GAUSSIAN, STEPS_FOR_A_PHOTO, Quality
 
     text = " ".join(succeeds("fit", "--help").stdout.split())
-    assert f"[default: {STEPS_FOR_A_PHOTO}]" in text and f"[default: {MAX_SIDE}]" in text and f"every {PIXELS_PER_GAUSSIAN} pixels" in text
+    assert f"[default: {MAX_SIDE}]" in text and "[default: good]" in text
+    for quality in Quality:
+        said = re.search(rf"{quality.value} \(([\d,]+)[^)]*?(\d+)[^)\d]*\)", text)
+        assert said and (int(said[1].replace(",", "")), int(said[2])) == (STEPS_FOR_A_PHOTO[quality], PIXELS_PER_GAUSSIAN[quality])
 
 
 @pytest.mark.parametrize("arguments, size", [
@@ -211,7 +264,10 @@ def test_pictures_that_cannot_be_read():
     (["--max-side", 0], "max_side: expected"), (["--seed", -1], "seed: expected"),
     (["--device", "toaster"], "device: expected"), (["--device", "cuda:99"], "device: expected"),
     (["--blend", "multiply"], "blend: expected"), (["--loss", "l3"], "--loss: expected"), (["--background", "1,2"], "background: expected"),
-    (["--background", "plaid"], "--background: expected"), (["--nonsense"], "--nonsense"), (["--out"], "--out"),
+    (["--background", "plaid"], "--background: expected"), (["--quality", "superb"], "quality: expected"),
+    (["--seconds", 0], "seconds: expected"), (["--seconds", 3, "--steps", 3], "--seconds: expected it without --steps"),
+    (["--target-psnr", 30, "--n-gaussians", 4], "--target-psnr: expected it without --n-gaussians"), (["--target-psnr", -1], "target_psnr: expected"),
+    (["--target-psnr", 99, "--steps", 2], "target_psnr: expected at most"), (["--video", "a.webm", "--alpha"], "--video: expected it without --alpha"), (["--nonsense"], "--nonsense"), (["--out"], "--out"),
 ])
 def test_options_of_fit_that_make_no_sense(options, expected):
     assert expected in fails("fit", picture(), *options)
