@@ -27,7 +27,7 @@ from gs2d.train import LRSchedule, run
 
 HERE = Path(__file__).parent
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-TABLE = [(5_000, 3_000), (9_000, 900), (10_000, 3_500), (30_000, 2_500)]  # Gaussians, steps
+TABLE = [(5_000, 2_000), (9_000, 1_000), (10_000, 3_000), (30_000, 1_500)]  # Gaussians, steps
 
 
 def bench_main(pictures, options):

@@ -515,7 +515,7 @@ def rate_quality(
 
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    figure = Figure(figsize=(6, 3.2), dpi=90, layout="constrained")
+    figure = Figure(figsize=(6, 3.2), dpi=80, layout="constrained")
     ax = figure.subplots()
     for k, (name, points) in enumerate(curves.items()):
         numbers, scores = zip(*sorted(points))
