@@ -168,6 +168,19 @@ def test_progress_goes_to_stderr_and_quiet_is_quiet():
     assert [line for line in quiet.stderr.splitlines() if "compiling" not in line] == []  # the kernels announce their first use
 
 
+def test_fit_and_train_are_filmed():
+    from gs2d.video import read_frames
+
+    for command in (["fit", picture(), "--steps", 3, "--video", "fit.webm"], ["train", "--steps", 3, "--n-gaussians", 3, "--height", 24, "--width", 32, "--video", "train.gif"]):
+        assert command[-1] in succeeds(*command, "--quiet").stdout
+        assert len(list(read_frames(command[-1]))) >= 2
+
+
+def test_a_video_that_cannot_be_written_is_refused_before_training():
+    for name in ("film.avi", "nowhere/film.webm"):
+        assert name in fails("fit", picture(), "--steps", 3, "--video", name)
+
+
 def test_train_on_a_synthetic_scene():
     succeeds("train", "--n-gaussians", 4, "--height", 12, "--width", 16, "--steps", 3, "--device", "cpu", "-q", "--out", "out",
              "--init-level", "noisy", "--lr-scale", "means=0.5", "--lr-scale", "colors=0", "--l1-weight", 1, "--ssim-weight", 0,
