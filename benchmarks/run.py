@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 import gs2d
-from gs2d.gaussians import CUTOFF_POWER, PARAMETER_NAMES, Domain2D, Gaussians2D
+from gs2d.fit import visited_pairs
+from gs2d.gaussians import Domain2D, Gaussians2D
 from gs2d.loss import l1_loss, l2_loss, ssim
 from gs2d.renderer import WEIGHT_EPS, Blend, kernels_for, project, rasterize, render
 
@@ -60,18 +61,6 @@ def make_target(height, width, seed=1):
     g = torch.Generator().manual_seed(seed)
     coarse = torch.rand(1, 3, 9, 9, generator=g)
     return torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic")[0].clamp(0, 1).permute(1, 2, 0).contiguous()
-
-
-def count_pairs(screen, height, width):
-    "How many pixel–Gaussian pairs lie within the cut-off."
-    total = 0
-    for (mx, my), (a, b, c) in zip(screen.means.detach().double().numpy(), screen.conics.detach().double().numpy()):
-        reach = math.sqrt(CUTOFF_POWER / (a * c - b * b))
-        rx, ry = reach * math.sqrt(c), reach * math.sqrt(a)
-        x = np.arange(max(0, math.floor(mx - rx)), min(width, math.ceil(mx + rx) + 1)) + 0.5 - mx
-        y = np.arange(max(0, math.floor(my - ry)), min(height, math.ceil(my + ry) + 1))[:, None] + 0.5 - my
-        total += int((a * x * x + 2 * b * x * y + c * y * y <= CUTOFF_POWER).sum())
-    return total
 
 
 def dense_render(scene, height, width):
@@ -160,7 +149,7 @@ def bench_pairs(quick):
     rows, library = [], cpp_baseline()
     for n, height, width, sigma in [(500, 256, 256, 8.0), (5_000, 512, 768, 5.0), (50_000, 512, 768, 2.0)]:
         scene = make_scene(n, height, width, sigma)
-        pairs = count_pairs(project(scene, height, width), height, width)
+        pairs = visited_pairs(scene, height, width)
         for blend in Blend:
             screen = type(project(scene, 1, 1))(*(t.detach().requires_grad_() for t in project(scene, height, width)))
             grad = torch.rand(height, width, 3)
@@ -205,7 +194,7 @@ def bench_scaling(quick):
         target = make_target(side, side)
         seconds, _ = measure(training_step(scene, target, lambda *a: render(*a, Blend.ADDITIVE), l2_loss), 0.3 if quick else 1.0)
         rows.append(dict(sweep=what, n=n, side=side, threads=count, ms=1000 * seconds,
-                         pairs=count_pairs(project(scene, side, side), side, side)))
+                         pairs=visited_pairs(scene, side, side)))
     torch.set_num_threads(threads)
     return rows
 
