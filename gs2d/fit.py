@@ -35,7 +35,7 @@ from .densify import DensifyConfig, DensifyStrategy
 from .gaussians import CUTOFF_POWER, Domain2D, Gaussians2D, atomic_write, draw_outlines
 from .ground_truth import GroundTruth, load_picture, save_picture
 from .init_levels import InitLevel
-from .loss import SSIM_C1, SSIM_SIGMA, SSIM_WINDOW, l2_loss, ssim_map
+from .loss import SSIM_WINDOW, l2_loss, ssim_factors
 from .renderer import Blend, project
 from .train import StepRecord, TrainConfig, Trainer, TrainResult, make_trainer, run
 
@@ -320,14 +320,6 @@ def reach_psnr(
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of the five scales, finest first (Wang et al. 2003)
 
 
-def _luminance(x: Tensor, y: Tensor) -> Tensor:
-    "(H - 10, W - 10, C) the factor of SSIM that compares the brightness under the window."
-    taps = torch.exp(-((torch.arange(SSIM_WINDOW, dtype=x.dtype) - SSIM_WINDOW // 2) ** 2) / (2 * SSIM_SIGMA**2))
-    window = torch.outer(taps, taps) / taps.sum() ** 2
-    mu_x, mu_y = (F.conv2d(image.permute(2, 0, 1)[:, None], window[None, None])[:, 0].permute(1, 2, 0) for image in (x, y))
-    return (2 * mu_x * mu_y + SSIM_C1) / (mu_x**2 + mu_y**2 + SSIM_C1)
-
-
 def ms_ssim(
     image: Tensor,  # (H, W, C), clamped to [0, 1] here
     target: Tensor,  # (H, W, C)
@@ -338,9 +330,10 @@ def ms_ssim(
         return None
     score = torch.ones(x.shape[2], dtype=x.dtype)
     for scale, weight in enumerate(MS_SSIM_WEIGHTS):
-        similarity = ssim_map(x, y)
-        if scale < len(MS_SSIM_WEIGHTS) - 1:
-            similarity = similarity / _luminance(x, y)
+        luminance, similarity = ssim_factors(x, y)
+        if scale == len(MS_SSIM_WEIGHTS) - 1:
+            similarity = luminance * similarity
+        else:
             x, y = (F.avg_pool2d(image.permute(2, 0, 1), 2).permute(1, 2, 0) for image in (x, y))
         score = score * similarity.mean((0, 1)).clamp(min=0) ** weight
     return score.mean().item()
