@@ -26,11 +26,10 @@ import torch
 from torch import Tensor
 
 from .densify import DensifyConfig
-from .gaussians import Gaussians2D, rotation_matrices
 from .ground_truth import GroundTruth, save_picture, to_pil
 from .init_levels import InitLevel
 from .loss import L1SSIMLoss
-from .renderer import Blend, project, rasterize, render
+from .renderer import Blend, overlay_outlines, project, rasterize, render
 from .train import CHANGEABLE, LRSchedule, TrainConfig, Trainer, TrainResult, make_trainer
 
 # %% ../nbs/07_live.ipynb #states-real
@@ -239,28 +238,6 @@ LEGENDS = {
 }
 SHOWN_SIDE = 384, 768  # pixels of the longer side: smaller pictures are enlarged, larger ones shrunk
 
-# %% ../nbs/07_live.ipynb #views-outlines
-def _with_outlines(
-    pixels: np.ndarray,  # (H, W, 3) uint8
-    scene: Gaussians2D,
-) -> np.ndarray:  # (H, W, 3) uint8
-    "The picture, dimmed, with every Gaussian's ellipse at two standard deviations."
-    import cv2
-
-    (height, width), domain = pixels.shape[:2], scene.domain
-    turn = torch.linspace(0, 2 * torch.pi, 40)
-    circle = 2 * torch.stack([turn.cos(), turn.sin()], -1).to(scene.means)
-    rims = scene.means[:, None] + circle @ (rotation_matrices(scene.rotations) * scene.scales[:, None, :]).mT
-    top_left = rims.new_tensor([domain.x_dim[0], domain.y_dim[1]])
-    to_pixels = rims.new_tensor([width / domain.width, -height / domain.height])
-    corners = ((rims - top_left) * to_pixels - 0.5).nan_to_num().clamp(-8192, 8192)
-    corners = (16 * corners).round().int().cpu().numpy()  # OpenCV takes whole numbers: sixteenths of a pixel
-    colors = (127 + 128 * scene.colors.nan_to_num().clamp(0, 1)).tolist()
-    canvas = pixels // 3
-    for rim, color in zip(corners, colors):
-        cv2.polylines(canvas, [rim], True, color, 1, cv2.LINE_AA, 4)
-    return canvas
-
 # %% ../nbs/07_live.ipynb #views-pixels
 def _pixels(image: Tensor) -> np.ndarray:
     "(H', W', 3) uint8 from (H, W, 3): enlarged by a whole factor, or shrunk, to the size that is shown."
@@ -302,7 +279,7 @@ def draw_view(
     if view == View.SIDE_BY_SIDE:
         return np.hstack([_pixels(truth.image), _pixels(image)])
     pixels = _pixels(truth.image if view == View.TARGET else image)
-    return _with_outlines(pixels, scene) if view == View.OUTLINES else pixels
+    return overlay_outlines(pixels, scene) if view == View.OUTLINES else pixels
 
 # %% ../nbs/07_live.ipynb #curves-real
 class _Curves:

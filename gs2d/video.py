@@ -39,7 +39,7 @@ from torch import Tensor
 from .gaussians import Gaussians2D
 from .ground_truth import load_picture, to_pil
 from .loss import psnr
-from .renderer import render
+from .renderer import overlay_outlines, render
 from .train import StepRecord, Trainer, TrainResult
 
 # %% ../nbs/08_video.ipynb #beat1-order
@@ -85,25 +85,6 @@ def _layout(value) -> Layout:
     except ValueError:
         raise ValueError(f"layout: expected one of {', '.join(repr(member.value) for member in Layout)}, got {value!r}") from None
 
-# %% ../nbs/08_video.ipynb #beat2-outline
-def _outlined(image: np.ndarray, scene: Gaussians2D, n_std: float = 2.0) -> np.ndarray:
-    "(H, W, 3) the picture, dimmed, with each Gaussian's ellipse in a light version of its colour."
-    import cv2
-
-    values = (scene.means, n_std * scene.scales, scene.rotations, scene.colors[:, :3].clamp(0, 1).expand(-1, 3))
-    means, radii, angles, colors = (value.detach().cpu().double().nan_to_num().numpy() for value in values)
-    turn = np.linspace(0, 2 * np.pi, 40, endpoint=False)
-    along, across = radii[:, :1] * np.cos(turn), radii[:, 1:] * np.sin(turn)
-    cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
-    x, y = means[:, :1] + cos * along - sin * across, means[:, 1:] + sin * along + cos * across
-    (height, width), domain = image.shape[:2], scene.domain
-    pixels = np.stack([(x - domain.x_dim[0]) * width / domain.width, (domain.y_dim[1] - y) * height / domain.height], -1)
-    corners = ((pixels - 0.5).clip(-8192, 8192) * 16).round().astype(np.int32)  # in 1/16 pixel; cv2 puts pixel centres at whole numbers
-    canvas = image // 3
-    for corner, color in zip(corners, (127 + 128 * colors).tolist()):
-        cv2.polylines(canvas, [corner], True, color, 1, cv2.LINE_AA, 4)
-    return canvas
-
 # %% ../nbs/08_video.ipynb #beat2-colors
 _BACKDROP, _BOX, _TEXT, _FAINT, _LINE = (22, 24, 29), (34, 37, 45), (240, 240, 240), (150, 156, 168), (86, 180, 233)
 _GAP, _TITLE_HEIGHT, _CELL_WIDTH, _ROW_HEIGHT, _MIN_CURVE_WIDTH, _MIN_SIDE = 8, 20, 92, 48, 130, 256  # pixels
@@ -140,7 +121,7 @@ def _panels(scene: Gaussians2D, image: Tensor, target: Tensor, layout: Layout, s
     if layout is Layout.SIDE_BY_SIDE:
         error = (f"error, 0 to {ERROR_FULL_SCALE:g}", enlarged(_heat(image, target)))
         return [("render", shown), ("target", enlarged(_as_frame(target))), error]
-    return [("", _outlined(shown, scene) if layout is Layout.OUTLINES else shown)]
+    return [("", overlay_outlines(shown, scene) if layout is Layout.OUTLINES else shown)]
 
 # %% ../nbs/08_video.ipynb #beat2-title
 @cache

@@ -128,18 +128,6 @@ def test_a_long_history_is_thinned_out_with_both_ends():
     assert video._losses([]) == [] and video._losses(history[:1]) == [(0, 1.0)] and len(video._losses(history[:400])) == 400
 
 
-def test_outlines_go_where_the_ellipses_are():
-    scene = Gaussians2D.from_values([[0, 2]], [[2, 0.5]], [math.pi / 2], [1], [[1, 1, 1]])  # upright, centre at (0, 2), y up
-    bright = video._outlined(np.zeros((200, 200, 3), np.uint8), scene).any(-1)
-    rows, columns = np.flatnonzero(bright.any(1)), np.flatnonzero(bright.any(0))
-    assert np.allclose([columns.min() + 0.5, columns.max() + 0.5], [80, 120], atol=1.5)  # 0 ± 2·0.5, 20 pixels a unit
-    assert np.allclose([rows.min() + 0.5, rows.max() + 0.5], [0, 140], atol=1.5)  # 2 ± 2·2, the top end outside of the domain
-    empty = Gaussians2D.from_values(torch.zeros(0, 2), torch.ones(0, 2), torch.zeros(0), torch.zeros(0), torch.zeros(0, 3))
-    wild = Gaussians2D(torch.tensor([[1e30, math.nan]]), torch.tensor([[80.0, -80.0]]), torch.zeros(1), torch.zeros(1), torch.full((1, 3), 1e9))
-    for other in (empty, wild):
-        assert video._outlined(np.zeros((20, 20, 3), np.uint8), other).shape == (20, 20, 3)
-
-
 def test_a_layout_that_is_none():
     with pytest.raises(ValueError, match="expected one of 'render', 'side_by_side', 'outlines', got 'both'"):
         draw_frame(new_trainer(), "both")
