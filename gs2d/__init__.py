@@ -3,10 +3,13 @@
 __version__ = "0.1.0"
 
 import os
+import sys
 
 # OpenMP's threads spin while they wait for each other, and where something else is busy on the same cores, a browser say, that
-# makes a training step ten times slower. Asleep they lose nothing. PyTorch reads this when it is imported first.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# makes a training step ten times slower. Asleep they lose nothing. PyTorch reads this while it is imported; where that has
+# happened already, gs2d.cpu_kernels shortens the spinning in another way.
+if "torch" not in sys.modules:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # The function `gs2d.train.train` is not among these names: it would hide the module `gs2d.train`.
 from .densify import DensifyConfig

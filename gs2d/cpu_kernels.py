@@ -248,36 +248,28 @@ def _work_per_row(g):
 def _bin(rows, packed, height):
     """Which Gaussians touch which band, by a counting sort.
 
-    Band b has entries[first[b] : first[b + 1]]; Gaussian i has slots[i + 1] - slots[i] entries in all; `order` lists
-    visible Gaussians by the band they begin in; band_work and work are running totals over bands and over `order`.
+    Band b has entries[first[b] : first[b + 1]]; Gaussian i has slots[i + 1] - slots[i] entries in all; `work` is a
+    running total over the bands.
     """
     n, bands = len(rows), (height + BAND - 1) // BAND
-    first, begin = np.zeros(bands + 1, np.int64), np.zeros(bands + 1, np.int64)
-    slots, band_work = np.zeros(n + 1, np.int64), np.zeros(bands + 1, np.float64)
+    first, slots, work = np.zeros(bands + 1, np.int64), np.zeros(n + 1, np.int64), np.zeros(bands + 1, np.float64)
     for i in range(n):
         top, end = rows[i, 0], rows[i, 1]
         slots[i + 1] = slots[i]
         if end > top:
-            begin[top // BAND + 1] += 1
+            slots[i + 1] += (end - 1) // BAND + 1 - top // BAND
             for band in range(top // BAND, (end - 1) // BAND + 1):
                 first[band + 1] += 1
-                slots[i + 1] += 1
-                shared = min(end, (band + 1) * BAND) - max(top, band * BAND)
-                band_work[band + 1] += _work_per_row(packed[i]) * shared
-    first, begin, band_work = np.cumsum(first), np.cumsum(begin), np.cumsum(band_work)
-    entries, order = np.empty(first[bands], np.int32), np.empty(begin[bands], np.int32)
-    next_entry, next_begin, work = first.copy(), begin.copy(), np.zeros(begin[bands] + 1, np.float64)
+                work[band + 1] += _work_per_row(packed[i]) * (min(end, (band + 1) * BAND) - max(top, band * BAND))
+    first, work = np.cumsum(first), np.cumsum(work)
+    entries, vacant = np.empty(first[bands], np.int32), first.copy()
     for i in range(n):
         top, end = rows[i, 0], rows[i, 1]
         if end > top:
-            order[next_begin[top // BAND]] = i
-            next_begin[top // BAND] += 1
             for band in range(top // BAND, (end - 1) // BAND + 1):
-                entries[next_entry[band]] = i
-                next_entry[band] += 1
-    for k, i in enumerate(order):
-        work[k + 1] = work[k] + _work_per_row(packed[i]) * (rows[i, 1] - rows[i, 0])
-    return first, entries, slots, order, band_work, work
+                entries[vacant[band]] = i
+                vacant[band] += 1
+    return first, entries, slots, work
 
 # %% ../nbs/11_cpu_kernels.ipynb #strip
 @_inlined
@@ -420,6 +412,15 @@ def _splat_forward(start, stop, first, entries, packed, rows, background, eps, h
                     py, at = py + 1.0, at + 4 * length
         _finish_splat(top, end, sums, length, background, eps, width, image, inverse)
 
+# %% ../nbs/11_cpu_kernels.ipynb #threads-spin
+_SPIN_SETTINGS = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}  # who sets one of these has decided
+
+
+def _shorten_spinning():
+    "Own a team of OpenMP threads, for ever: with more of them than cores, GNU's OpenMP spins for microseconds only."
+    torch.ones(1 << 20).add_(1)  # long enough for all threads
+    threading.Event().wait()
+
 # %% ../nbs/11_cpu_kernels.ipynb #threads
 class _Pool:
     "Daemon threads that take calls from one queue."
@@ -430,6 +431,8 @@ class _Pool:
     def grow(self, size):
         "Have at least `size` threads."
         with self.lock:
+            if self.size == 0 < size and not _SPIN_SETTINGS & os.environ.keys():
+                threading.Thread(target=_shorten_spinning, daemon=True, name="gs2d-openmp").start()
             while self.size < size:
                 threading.Thread(target=self._serve, daemon=True, name="gs2d-kernels").start()
                 self.size += 1
@@ -505,14 +508,14 @@ def _rasterize_forward(means, conics, opacities, colors, background, height, wid
     image, state = torch.empty(height, width, 3), torch.empty(_state_shape(height, width, mode))
     inputs = [_flat(tensor) for tensor in (means, conics, opacities, colors)]
     _run(_prepare, _even_cuts(len(means), 4000), *inputs, height, width, packed.numpy(), rows.numpy())
-    first, entries, _, _, band_work, _ = _bin(rows.numpy(), packed.numpy(), height)
+    first, entries, _, work = _bin(rows.numpy(), packed.numpy(), height)
     scene = first, entries, packed.numpy(), rows.numpy(), _flat(background)
     out = height, width, _flat(image), _flat(state)
     if mode == _OVER:
-        _run(_over_forward, _fair_cuts(band_work), *scene, *out)
+        _run(_over_forward, _fair_cuts(work), *scene, *out)
     else:
         eps = np.float32(WEIGHT_EPS if mode == _WEIGHTED else 0)
-        _run(_splat_forward, _fair_cuts(band_work), *scene, eps, *out)
+        _run(_splat_forward, _fair_cuts(work), *scene, eps, *out)
     return image, packed, rows, state
 
 # %% ../nbs/11_cpu_kernels.ipynb #planes
@@ -575,6 +578,25 @@ def _splat_backward(start, stop, order, packed, rows, planes, weighted, width, d
                         d_means, d_conics, d_opacities)
         d_colors[3 * i], d_colors[3 * i + 1] = opacity * total(reds), opacity * total(greens)
         d_colors[3 * i + 2] = opacity * total(blues)
+
+# %% ../nbs/11_cpu_kernels.ipynb #backward-order-code
+@_compiled
+def _from_top_to_bottom(rows, packed, height):
+    "The visible Gaussians in the order of the band they begin in, and a running total of their work."
+    first = np.zeros((height + BAND - 1) // BAND + 1, np.int64)
+    for i in range(len(rows)):
+        if rows[i, 1] > rows[i, 0]:
+            first[rows[i, 0] // BAND + 1] += 1
+    vacant = np.cumsum(first)
+    order, work = np.empty(vacant[-1], np.int32), np.zeros(vacant[-1] + 1, np.float64)
+    for i in range(len(rows)):
+        if rows[i, 1] > rows[i, 0]:
+            band = rows[i, 0] // BAND
+            order[vacant[band]] = i
+            vacant[band] += 1
+    for k, i in enumerate(order):
+        work[k + 1] = work[k] + _work_per_row(packed[i]) * (rows[i, 1] - rows[i, 0])
+    return order, work
 
 # %% ../nbs/11_cpu_kernels.ipynb #over-finish
 @_inlined
@@ -708,15 +730,16 @@ def _rasterize_backward(grad, image, packed, rows, state, background, mode):
     grads = torch.zeros(n, 2), torch.zeros(n, 3), torch.zeros(n), torch.zeros(n, 3)
     outs = [_flat(tensor) for tensor in grads]
     gaussians = packed.numpy(), rows.numpy()
-    first, entries, slots, order, band_work, work = _bin(rows.numpy(), packed.numpy(), height)
     if mode == _OVER:
+        first, entries, slots, work = _bin(rows.numpy(), packed.numpy(), height)
         partial = np.empty((len(entries), 9), np.float32)
         pixels = _flat(background), _flat(grad), _flat(state), height, width
-        _run(_over_backward, _fair_cuts(band_work), first, entries, slots, *gaussians, *pixels, partial)
+        _run(_over_backward, _fair_cuts(work), first, entries, slots, *gaussians, *pixels, partial)
         _run(_over_gather, _even_cuts(n, 4000), slots, packed.numpy(), partial, *outs)
     else:
         planes, weighted = torch.empty(height * 4 * _row_length.py_func(width)).numpy(), mode == _WEIGHTED
         pixels = _flat(grad), _flat(image), _flat(state), weighted, height, width
+        order, work = _from_top_to_bottom(rows.numpy(), packed.numpy(), height)
         _run(_gradient_planes, _even_cuts(height, 64), *pixels, planes)
         _run(_splat_backward, _fair_cuts(work), order, *gaussians, planes, weighted, width, *outs)
     return grads

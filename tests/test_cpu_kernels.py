@@ -337,6 +337,24 @@ def test_the_kernels_work_after_a_fork():
     """)
 
 
+@pytest.mark.parametrize("first, settings, held", [
+    ("torch", {}, True), ("gs2d", {}, False), ("torch", {"OMP_WAIT_POLICY": "ACTIVE"}, False),
+    ("torch", {"GOMP_SPINCOUNT": "10"}, False)])
+def test_spinning_is_shortened_where_pytorch_came_first_and_nobody_decided(first, settings, held, monkeypatch):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    run_python(f"""
+        import {first}
+        import os, threading
+        from gs2d.cpu_kernels import _pool
+        names = lambda: [thread.name for thread in threading.enumerate()]
+        assert "gs2d-openmp" not in names()  # not before two threads share work for the first time
+        _pool.grow(0), _pool.grow(1), _pool.grow(2)
+        assert names().count("gs2d-openmp") == {int(held)} and names().count("gs2d-kernels") == 2, names()
+        assert ("OMP_WAIT_POLICY" in os.environ) == {first == "gs2d" or "OMP_WAIT_POLICY" in settings}
+    """, **settings)
+
+
 SMALL_RENDER = """
     import torch
     from gs2d.renderer import ScreenGaussians, rasterize
