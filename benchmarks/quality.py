@@ -13,13 +13,19 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
+import torch
 from run import machine
+from torch.nn import functional as F
 
+from gs2d import renderer
 from gs2d import train as training
 from gs2d.densify import DensifyStrategy
 from gs2d.fit import (
     PUBLISHED, bench, bench_csv, bench_row, bench_table, fit_config, fit_image, fit_trainer, photo_target, rate_quality)
+from gs2d.gaussians import covariances
+from gs2d.ground_truth import GroundTruth
 from gs2d.init_levels import InitLevel
 from gs2d.loss import L1SSIMLoss, l2_loss
 from gs2d.renderer import Blend
@@ -27,7 +33,7 @@ from gs2d.train import LRSchedule, run
 
 HERE = Path(__file__).parent
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-TABLE = [(5_000, 2_000), (9_000, 1_000), (10_000, 3_000), (30_000, 1_500)]  # Gaussians, steps
+TABLE = [(5_000, 2_000), (9_000, 1_200), (10_000, 3_000), (10_000, 8_000), (30_000, 1_500)]  # Gaussians, steps
 
 
 def bench_main(pictures, options):
@@ -38,8 +44,8 @@ def bench_main(pictures, options):
             rows.append(row)
             print(bench_table(rows).splitlines()[-1], flush=True)
         (options.out / "table.csv").write_bytes(bench_csv(rows))
-    means = [(row["n_gaussians"], row["psnr"]) for row in rows if row["picture"] == "mean"]
-    curves = {f"gs2d, {len(pictures)} pictures": means} | {f"{name}, 24": points for name, points in PUBLISHED.items()}
+    means = sorted((row["n_gaussians"], row["psnr"]) for row in rows if row["picture"] == "mean")
+    curves = {f"gs2d, {len(pictures)} pictures": list(dict(means).items())} | {f"{name}, 24": points for name, points in PUBLISHED.items()}
     rate_quality(curves).savefig(options.out / "table.png")
     return rows
 
@@ -54,6 +60,7 @@ def _removals(config):
         "growth by gradient, not by error": replace(config, densify=pull),
         "random start": replace(config, init_level=InitLevel.RANDOM),
         "one rate for all parameters": replace(config, lr_scale={}),
+        "cosine schedule": replace(config, lr_schedule=LRSchedule.COSINE),
         "constant rate": replace(config, lr_schedule=LRSchedule.CONSTANT),
         "Adam's usual β₂ = 0.999": config,
         "sum, not average": replace(config, blend=Blend.ADDITIVE),
@@ -61,25 +68,93 @@ def _removals(config):
     }
 
 
+def _print_changes(scores, options):
+    "The mean of every list of scores, beside that of the whole recipe, as a table; returns its rows."
+    whole = statistics.mean(scores["the whole recipe"])
+    rows = [dict(name=name, psnr=statistics.mean(values), change=statistics.mean(values) - whole) for name, values in scores.items()]
+    print(f"\n| {options.n:,} Gaussians, {options.steps:,} steps | mean PSNR, dB | change |\n|---|---|---|")
+    for row in rows:
+        change = "" if row["name"] == "the whole recipe" else f"{row['change']:+.2f}".replace("-", "−")
+        print(f"| {row['name']} | {row['psnr']:.2f} | {change} |")
+    return rows
+
+
+def _fit_and_print(path, name, trainer, scores):
+    result = run(trainer, progress=False)
+    scores.setdefault(name, []).append(result.psnr)
+    print(f"{path.stem}  {name}: {result.psnr:.2f}  ({len(result.scene):,} Gaussians, {result.timing.total_s:.1f} s)", flush=True)
+
+
 def bench_ablation(pictures, options):
     "Mean PSNR with one ingredient of the recipe removed."
-    scores, usual = {}, training.ADAM_BETAS
+    scores = {}
     for path in pictures:
         truth = photo_target(path, options.max_side)
         removals = _removals(fit_config(truth.height, truth.width, options.n, options.steps))
         for name, config in removals.items():
-            training.ADAM_BETAS = (0.9, 0.999) if "β₂" in name else usual
-            result = run(fit_trainer(truth, config), progress=False)
-            scores.setdefault(name, []).append(result.psnr)
-            print(f"{path.stem}  {name}: {result.psnr:.2f}  ({len(result.scene):,} Gaussians, {result.timing.total_s:.1f} s)", flush=True)
-    training.ADAM_BETAS = usual
-    whole = statistics.mean(scores["the whole recipe"])
-    rows = [dict(removed=name, psnr=statistics.mean(values), change=statistics.mean(values) - whole) for name, values in scores.items()]
-    print(f"\n| {options.n:,} Gaussians, {options.steps:,} steps | mean PSNR, dB | change |\n|---|---|---|")
-    for row in rows:
-        change = "" if row["removed"] == "the whole recipe" else f"{row['change']:+.2f}".replace("-", "−")
-        print(f"| {row['removed']} | {row['psnr']:.2f} | {change} |")
-    return rows
+            betas = (0.9, 0.999) if "β₂" in name else training.ADAM_BETAS
+            with patch.object(training, "ADAM_BETAS", betas):
+                _fit_and_print(path, name, fit_trainer(truth, config), scores)
+    return _print_changes(scores, options)
+
+
+def _optimizer(kind, **options):
+    "A stand-in for make_optimizer that gives another optimiser the same groups."
+    adam = training.make_optimizer
+    return lambda scene, lr: kind([{key: group[key] for key in ("params", "name")} for group in adam(scene, lr).param_groups],
+                                  lr=lr, eps=training.ADAM_EPS, **options)
+
+
+def _cholesky_conics(scales, shears):
+    "Conics where Σ = L Lᵀ with L = [[s₁, 0], [r s₂, s₂]]: the two scales keep their parameter, the shear r takes the rotation's."
+    (s1, s2), r = scales.unbind(-1), shears
+    return torch.stack([(1 + r * r) / s1**2, -r / (s1 * s2), 1 / s2**2], -1)
+
+
+def _to_cholesky(scene):
+    "Let the scene's parameters mean what _cholesky_conics takes them for, with the same ellipses."
+    factor = torch.linalg.cholesky(covariances(scene.scales, scene.rotations).detach())
+    scene.log_scales.data = factor.diagonal(dim1=-2, dim2=-1).log()
+    scene.rotations.data = factor[:, 1, 0] / factor[:, 1, 1]
+
+
+def _coarse_first(truth, config, share=0.3):
+    "A trainer whose first steps were taken on the picture at half its size."
+    half = F.avg_pool2d(truth.image.permute(2, 0, 1)[None], 2)[0].permute(1, 2, 0)
+    coarse = fit_trainer(GroundTruth(half.contiguous(), None, truth.domain, truth.blend, truth.background), config)
+    while coarse.steps_done < share * config.n_iterations:
+        coarse.step()
+    fine = fit_trainer(truth, replace(config, n_gaussians=len(coarse.scene)))
+    fine.scene, fine.optimizer, fine.densification = coarse.scene, coarse.optimizer, coarse.densification
+    fine.generator, fine.history, fine.steps_done = coarse.generator, coarse.history, coarse.steps_done
+    return fine
+
+
+def bench_alternatives(pictures, options):
+    "Mean PSNR with one ingredient of the recipe replaced by another that is in use for such fits."
+    from pytorch_optimizer import Adan, LaProp
+
+    optimizers = {
+        "LaProp, not Adam": _optimizer(LaProp, betas=training.ADAM_BETAS),
+        "Adan, not Adam": _optimizer(Adan),
+        "Adan with as short a memory": _optimizer(Adan, betas=(0.9, 0.9, 0.98)),
+        "NAdam, not Adam": _optimizer(torch.optim.NAdam, betas=training.ADAM_BETAS)}
+    scores = {}
+    for path in pictures:
+        truth = photo_target(path, options.max_side)
+        config = fit_config(truth.height, truth.width, options.n, options.steps)
+        _fit_and_print(path, "the whole recipe", fit_trainer(truth, config), scores)
+        for name, make in optimizers.items():
+            with patch.object(training, "make_optimizer", make):
+                _fit_and_print(path, name, fit_trainer(truth, config), scores)
+        with patch.object(renderer, "conics", _cholesky_conics):
+            trainer = fit_trainer(truth, config)
+            _to_cholesky(trainer.scene)
+            _fit_and_print(path, "Cholesky factor, not scales and rotation", trainer, scores)
+        faint = replace(config, densify=replace(config.densify, opacity_threshold=0.05))
+        _fit_and_print(path, "the faintest moved in every round", fit_trainer(truth, faint), scores)
+        _fit_and_print(path, "half the size for 30 % of the steps", _coarse_first(truth, config), scores)
+    return _print_changes(scores, options)
 
 
 def bench_losses(pictures, options):
@@ -90,7 +165,7 @@ def bench_losses(pictures, options):
     for name, loss in {"l2": l2_loss, "l1_ssim": L1SSIMLoss()}.items():
         mine = []
         for path in pictures:
-            result = fit_image(path, options.n, max_side=options.max_side, seconds=options.seconds, loss=loss, progress=False)
+            result = fit_image(path, options.n, max_side=options.max_side, blend=options.blend, seconds=options.seconds, loss=loss, progress=False)
             planes = [image.permute(2, 0, 1)[None].clamp(0, 1) for image in (result.image, result.ground_truth.image)]
             mine.append(bench_row(path.stem, result) | {"loss": name, "pytorch_msssim": peer(*planes, data_range=1.0).item()})
             print(name, {key: mine[-1][key] for key in ("picture", "psnr", "ssim", "ms_ssim", "pytorch_msssim", "seconds", "steps")}, flush=True)
@@ -114,15 +189,16 @@ def bench_targets(pictures, options):
 
 
 def main():
-    sections = {"main": bench_main, "ablation": bench_ablation, "losses": bench_losses, "targets": bench_targets}
+    sections = {"main": bench_main, "ablation": bench_ablation, "alternatives": bench_alternatives, "losses": bench_losses, "targets": bench_targets}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="the folder with the pictures")
     parser.add_argument("--only", nargs="+", choices=sections, default=["main"], help="sections to run (default: main)")
     parser.add_argument("--table", nargs="+", metavar="N:STEPS", help="Gaussians and steps of the rows of main")
-    parser.add_argument("--max-side", type=int, help="pixels of the longer side, for ablation and losses")
-    parser.add_argument("--n", type=int, default=10_000, help="Gaussians for ablation and losses")
-    parser.add_argument("--steps", type=int, default=1_000, help="steps for ablation")
+    parser.add_argument("--max-side", type=int, help="pixels of the longer side, for all but main and targets")
+    parser.add_argument("--n", type=int, default=10_000, help="Gaussians for all but main and targets")
+    parser.add_argument("--steps", type=int, default=1_000, help="steps for ablation and alternatives")
     parser.add_argument("--seconds", type=float, default=20.0, help="for each fit of losses")
+    parser.add_argument("--blend", default="weighted", help="blend of losses (default: weighted)")
     parser.add_argument("--target", type=float, default=32.0, help="decibels for targets")
     parser.add_argument("--target-steps", type=int, default=1_000, help="steps of each fit of targets")
     parser.add_argument("--out", type=Path, default=HERE / "out", help="folder for the results")

@@ -348,7 +348,7 @@ def train(
     width: Annotated[int | None, _option("Pixels. [256]")] = None,
     n_iterations: Annotated[int | None, _option("Optimisation steps. [1000]", "--n-iterations", "--steps")] = None,
     lr: Annotated[float | None, _option("Learning rate: Adam's step, in the units of each parameter. [0.01]")] = None,
-    lr_schedule: Annotated[str | None, _option("cosine, exponential or constant. [cosine]")] = None,
+    lr_schedule: Annotated[str | None, _option("cosine, exponential, cooldown or constant. [cosine]")] = None,
     lr_scale: Annotated[list[str] | None, typer.Option(metavar="NAME=FACTOR", show_default=False, help="Multiply the learning rate of one parameter: means, log_scales, rotations, opacity_logits or colors; 0 freezes it. May be given several times.")] = None,
     init_level: Annotated[str | None, _option("exact, noisy, positions_only, random or content. [random]")] = None,
     blend: Annotated[str | None, _option("weighted, additive or over. [weighted]")] = None,

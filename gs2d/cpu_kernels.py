@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LANES', 'TAPS', 'BAND', 'Lanes', 'load', 'store', 'fma', 'where_le', 'fill', 'ramp', 'total', 'falloff', 'correlate',
-           'rasterize', 'photometric', 'ssim']
+           'rasterize', 'photometric', 'ssim', 'squared_error']
 
 # %% ../nbs/11_cpu_kernels.ipynb #export-imports
 # What it does: splatting of colours and weights (ADDITIVE, WEIGHTED) and compositing (OVER), forward and backward, and
@@ -417,9 +417,18 @@ _SPIN_SETTINGS = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}  # who sets one of these 
 
 
 def _shorten_spinning():
-    "Own a team of OpenMP threads, for ever: with more of them than cores, GNU's OpenMP spins for microseconds only."
-    torch.ones(1 << 20).add_(1)  # long enough for all threads
-    threading.Event().wait()
+    "Let a thread own a team of OpenMP threads, for ever: with more of them than cores, they spin for microseconds only."
+    ready = threading.Event()
+
+    def own():
+        try:
+            torch.ones(1 << 20).add_(1)  # long enough for all threads
+        finally:
+            ready.set()
+        threading.Event().wait()
+
+    threading.Thread(target=own, daemon=True, name="gs2d-openmp").start()
+    ready.wait()  # a process that ends in the middle of PyTorch's code would crash
 
 # %% ../nbs/11_cpu_kernels.ipynb #threads
 class _Pool:
@@ -432,7 +441,7 @@ class _Pool:
         "Have at least `size` threads."
         with self.lock:
             if self.size == 0 < size and not _SPIN_SETTINGS & os.environ.keys():
-                threading.Thread(target=_shorten_spinning, daemon=True, name="gs2d-openmp").start()
+                _shorten_spinning()
             while self.size < size:
                 threading.Thread(target=self._serve, daemon=True, name="gs2d-kernels").start()
                 self.size += 1
@@ -961,6 +970,45 @@ def _loss_forward(image, target, l1_weight, ssim_weight, channels, with_grad):
     value = l1_weight * scores[1] + ssim_weight * (1 - scores[0])
     return torch.tensor(value, dtype=torch.float32), torch.tensor(scores, dtype=torch.float32), gradient
 
+# %% ../nbs/11_cpu_kernels.ipynb #squares
+_BLOCK = 1 << 14  # numbers that are summed in float32; the sums of blocks are added in float64
+_ZERO, _ONE = np.float32(0), np.float32(1)
+
+
+@_inlined
+def _limited(v):
+    "Clamped to [0, 1]; a NaN stays one."
+    return where_le(v, 0.0, 0.0, where_le(1.0, v, 1.0, v))
+
+
+@_compiled
+def _square_blocks(start, stop, image, target, clamp, with_grad, gradient, sums):
+    "Sums of (x - y)² over blocks start…stop, and the gradient of the mean; with `clamp`, of both limited to [0, 1]."
+    slope = np.float32(2 / len(image))
+    for block in range(start, stop):
+        begin, end = block * _BLOCK, min(len(image), (block + 1) * _BLOCK)
+        whole, squares = end - (end - begin) % LANES, fill(0.0)
+        for i in range(begin, whole, LANES):
+            x, y = load(image, i), load(target, i)
+            d = _limited(x) - _limited(y) if clamp else x - y
+            squares = fma(d, d, squares)
+            if with_grad:
+                store(gradient, i, slope * d)
+        sums[block] = total(squares)
+        for i in range(whole, end):
+            x, y = image[i], target[i]
+            d = min(max(x, _ZERO), _ONE) - min(max(y, _ZERO), _ONE) if clamp else x - y
+            sums[block] += d * d
+            if with_grad:
+                gradient[i] = slope * d
+
+# %% ../nbs/11_cpu_kernels.ipynb #squares-host
+def _squared_error(image, target, clamp, with_grad):
+    blocks = -(-image.numel() // _BLOCK)
+    gradient, sums = torch.empty(image.shape if with_grad else (0, 0, 3)), np.empty(blocks)
+    _run(_square_blocks, _even_cuts(blocks, 8), _flat(image), _flat(target), clamp, with_grad, _flat(gradient), sums)
+    return torch.tensor(sums.sum() / image.numel(), dtype=torch.float32), gradient
+
 # %% ../nbs/11_cpu_kernels.ipynb #operators
 _NAMESPACE = __name__.partition(".")[0].strip("_")  # "gs2d"; the notebook's own copy goes by another name
 _library = torch.library.Library(_NAMESPACE, "DEF")
@@ -987,6 +1035,10 @@ def _rasterize_backward_shapes(grad, image, packed, rows, state, background, mod
 def _loss_shapes(image, target, l1_weight, ssim_weight, channels, with_grad):
     return image.new_empty(()), image.new_empty(3), image.new_empty(image.shape if with_grad else (0, 0, 3))
 
+
+def _squares_shapes(image, target, clamp, with_grad):
+    return image.new_empty(()), image.new_empty(image.shape if with_grad else (0, 0, 3))
+
 # %% ../nbs/11_cpu_kernels.ipynb #operators-define
 _operator("rasterize", "(Tensor means, Tensor conics, Tensor opacities, Tensor colors, Tensor background, "
           f"int height, int width, int mode) {_RETURNS_FOUR}", _rasterize_forward, _rasterize_shapes)
@@ -994,6 +1046,7 @@ _operator("rasterize_backward", "(Tensor grad, Tensor image, Tensor packed, Tens
           f"Tensor background, int mode) {_RETURNS_FOUR}", _rasterize_backward, _rasterize_backward_shapes)
 _operator("image_loss", "(Tensor image, Tensor target, float l1_weight, float ssim_weight, int channels, "
           "bool with_grad) -> (Tensor, Tensor, Tensor)", _loss_forward, _loss_shapes)
+_operator("squared_error", "(Tensor image, Tensor target, bool clamp, bool with_grad) -> (Tensor, Tensor)", _squared_error, _squares_shapes)
 
 # %% ../nbs/11_cpu_kernels.ipynb #gradients
 def _keep_rasterize(ctx, inputs, output):
@@ -1017,18 +1070,20 @@ def _rasterize_gradient(ctx, grad, *_):
 
 # %% ../nbs/11_cpu_kernels.ipynb #gradients-loss
 def _keep_loss(ctx, inputs, output):
-    ctx.save_for_backward(output[2])
+    ctx.save_for_backward(output[-1])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _loss_gradient(ctx, grad, *_):
-    return None if grad is None else grad * ctx.saved_tensors[0], None, None, None, None, None
+    others = (None,) * (len(ctx.needs_input_grad) - 1)
+    return None if grad is None else grad * ctx.saved_tensors[0], *others
 
 
 _register_gradient = torch.library.register_autograd
 _register_gradient(f"{_NAMESPACE}::rasterize", _rasterize_gradient, setup_context=_keep_rasterize, lib=_library)
 _register_gradient(f"{_NAMESPACE}::image_loss", _loss_gradient, setup_context=_keep_loss, lib=_library)
+_register_gradient(f"{_NAMESPACE}::squared_error", _loss_gradient, setup_context=_keep_loss, lib=_library)
 
 # %% ../nbs/11_cpu_kernels.ipynb #public-rasterize
 def _groups_of_three(*tensors):
@@ -1089,6 +1144,16 @@ def ssim(
         swapped = 1 - photometric(target, image.detach(), 0.0, 1.0)[0]
         value = value + swapped - swapped.detach()
     return value
+
+# %% ../nbs/11_cpu_kernels.ipynb #public-squares
+def squared_error(
+    image: Tensor,  # (H, W, C) float32 on the CPU
+    target: Tensor,  # (H, W, C)
+    clamp: bool = False,  # limit both to [0, 1] first; then there is no gradient
+) -> Tensor:  # scalar, differentiable in the image
+    "The compiled form of `gs2d.loss.l2_loss`."
+    with_grad = torch.is_grad_enabled() and image.requires_grad and not clamp
+    return _operators.squared_error(image, target, clamp, with_grad)[0]
 
 # %% ../nbs/11_cpu_kernels.ipynb #announce
 class _Announcement(event.Listener):

@@ -6,9 +6,9 @@
 __all__ = ['PIXELS_PER_GAUSSIAN', 'STEPS_FOR_A_PHOTO', 'MAX_SIDE', 'FEWEST', 'MOST', 'LEARNING_RATE', 'LR_SCALE', 'MEANS_STEP',
            'START_SHARE', 'GROWTH_ROUNDS', 'GROWTH_END', 'SCOUTS', 'SCOUT_LOSS', 'SLOPE', 'CLOSE', 'MS_SSIM_WEIGHTS',
            'BENCH_COLUMNS', 'PUBLISHED', 'default_portrait', 'Quality', 'default_n_gaussians', 'fit_config',
-           'photo_target', 'straight_alpha', 'fit_trainer', 'fit_image', 'TimedTrainer', 'reach_psnr', 'ms_ssim',
-           'metrics', 'comparison', 'save_results', 'visited_pairs', 'bench_row', 'mean_row', 'bench_table', 'bench',
-           'bench_csv', 'rate_quality']
+           'photo_target', 'straight_alpha', 'FitTrainer', 'fit_trainer', 'fit_image', 'TimedTrainer', 'reach_psnr',
+           'ms_ssim', 'metrics', 'comparison', 'save_results', 'visited_pairs', 'bench_row', 'mean_row', 'bench_table',
+           'bench', 'bench_csv', 'rate_quality']
 
 # %% ../nbs/09_fit_a_photo.ipynb #export-imports
 # A thin composition: fit_config chooses the settings, a Trainer does the work. Pictures of results are drawn on
@@ -37,7 +37,7 @@ from .ground_truth import GroundTruth, load_picture, save_picture
 from .init_levels import InitLevel
 from .loss import SSIM_WINDOW, l2_loss, ssim_factors
 from .renderer import Blend, project
-from .train import StepRecord, TrainConfig, Trainer, TrainResult, make_trainer, run
+from .train import LRSchedule, StepRecord, TrainConfig, Trainer, TrainResult, make_trainer, run
 
 # %% ../nbs/09_fit_a_photo.ipynb #beat1-portrait
 def default_portrait() -> Path:
@@ -127,7 +127,7 @@ def fit_config(
     start, growth = _start_and_growth(n_gaussians, steps)
     return TrainConfig(
         n_gaussians=start, height=height, width=width, n_iterations=steps, lr=LEARNING_RATE,
-        lr_scale=_lr_scale(height, width, n_gaussians), init_level=InitLevel.CONTENT, blend=blend, loss=loss,
+        lr_scale=_lr_scale(height, width, n_gaussians), lr_schedule=LRSchedule.COOLDOWN, init_level=InitLevel.CONTENT, blend=blend, loss=loss,
         densify=growth, seed=seed, device=device)
 
 # %% ../nbs/09_fit_a_photo.ipynb #beat5-target
@@ -158,6 +158,20 @@ def straight_alpha(
     color = (color / covered.clamp(min=1 / 255)).clamp(0, 1)
     return torch.cat([torch.where(covered < 0.5 / 255, 0.0, color), covered], -1)
 
+# %% ../nbs/09_fit_a_photo.ipynb #beat5-trainer
+class FitTrainer(Trainer):
+    "A trainer that minimises the squared error while it may grow, and the loss of its configuration from then on."
+
+    def __init__(self, ground_truth: GroundTruth, scene: Gaussians2D, config: TrainConfig):
+        super().__init__(ground_truth, scene, config)
+        self._loss = config.loss
+
+    def step(self) -> StepRecord:
+        "One step, with the loss that is due."
+        growing = self.steps_done < GROWTH_END * self.config.n_iterations
+        self.update(loss=l2_loss if growing else self._loss)
+        return super().step()
+
 # %% ../nbs/09_fit_a_photo.ipynb #beat5-helpers
 def fit_trainer(
     truth: GroundTruth,
@@ -165,8 +179,8 @@ def fit_trainer(
     seconds: float | None = None,  # None: as many steps as the configuration says
 ) -> Trainer:
     "The trainer behind `fit_image`, at its first step."
-    trainer = make_trainer(config, truth)
-    return trainer if seconds is None else TimedTrainer(truth, trainer.scene, trainer.config, seconds)
+    start = make_trainer(config, truth).scene
+    return FitTrainer(truth, start, config) if seconds is None else TimedTrainer(truth, start, config, seconds)
 
 
 def _one_of(**arguments) -> None:
@@ -211,7 +225,7 @@ def fit_image(
     return run(fit_trainer(truth, config, seconds), progress)
 
 # %% ../nbs/09_fit_a_photo.ipynb #time-real
-class TimedTrainer(Trainer):
+class TimedTrainer(FitTrainer):
     "A trainer that ends after so many seconds of steps: learning rate and growth follow the clock."
 
     def __init__(
@@ -254,7 +268,7 @@ SLOPE = 3.0  # decibels for twice as many Gaussians, until two fits can tell
 
 def _fit_and_tell(truth: GroundTruth, config: TrainConfig, what: str, progress: bool) -> tuple[TrainResult, float]:
     "A fit, and its PSNR; at most 100, since infinity has no slope."
-    result = run(make_trainer(config, truth), False)
+    result = run(fit_trainer(truth, config), False)
     reached = min(result.psnr, 100.0)
     if progress:
         print(f"gs2d: {what} with {len(result.scene):,} Gaussians: {reached:.2f} dB", file=sys.stderr)

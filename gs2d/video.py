@@ -649,6 +649,7 @@ def record(
             recorder.add(trainer)
             for step in trainer:
                 recorder.add(trainer)
+                bar.total = trainer.config.n_iterations  # a clock may change it on the way
                 bar.set_postfix_str(f"loss {step.loss:.4f}  PSNR {step.psnr:.2f} dB  {step.n_gaussians} Gaussians", refresh=False)
                 bar.update()
         except KeyboardInterrupt:

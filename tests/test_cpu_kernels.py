@@ -217,6 +217,35 @@ def test_photometric_is_l1_and_ssim_with_scores(channels):
     torch.testing.assert_close(scores, torch.stack(exact).detach(), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [(1, 1, 1), (7, 5, 4), (90, 70, 3), (300, 260, 3)])
+def test_the_squared_error_equals_plain_tensors(size):
+    g = torch.Generator().manual_seed(0)
+    image, target = 1.5 * torch.rand(size, generator=g) - 0.25, torch.rand(size, generator=g)
+    ours, grad = value_and_gradient(lambda x: 3 * loss.l2_loss(x, target), image.clone().requires_grad_())
+    theirs = (image.double() - target.double()).square().mean()
+    torch.testing.assert_close(ours.double(), 3 * theirs, rtol=1e-6, atol=0)
+    torch.testing.assert_close(grad, 6 * (image - target) / image.numel(), rtol=1e-6, atol=0)
+    clamped = (image.clamp(0, 1).double() - target.double()).square().mean()
+    torch.testing.assert_close(loss.psnr(image, target).double(), -10 * clamped.log10(), rtol=1e-6, atol=0)
+    image[-1, -1, -1] = math.nan
+    assert loss.l2_loss(image, target).isnan() and loss.psnr(image, target).isnan()
+
+
+@pytest.mark.parametrize("place", [0, 16, 40])  # among whole vectors, and among the numbers that are left over
+def test_psnr_of_a_nan_anywhere_is_one(place):
+    image = torch.zeros(1, 41, 1)
+    image[0, place] = math.nan
+    assert loss.psnr(image, torch.zeros(1, 41, 1)).isnan() and loss.psnr(torch.zeros(1, 41, 1), image).isnan()
+
+
+def test_psnr_and_the_squared_error_keep_their_other_gradients():
+    image, target = (torch.rand(20, 30, 3, generator=torch.Generator().manual_seed(k)).requires_grad_() for k in range(2))
+    for score in (loss.l2_loss, loss.psnr):
+        grads = torch.autograd.grad(score(image, target), (image, target))
+        torch.testing.assert_close(grads[0], -grads[1])
+        assert grads[0].abs().max() > 0
+
+
 def test_statistics_of_the_target_never_go_stale_and_do_not_keep_it_alive():
     image, target = pictures(30, 40)
     fresh = lambda: loss.ssim(image, target.clone(), backend="reference")
@@ -251,6 +280,8 @@ def test_opcheck_of_the_loss():
     image, target = pictures(16, 18)
     torch.library.opcheck(OPERATORS.image_loss.default, (image, target, 0.15, 0.85, 3, True))
     torch.library.opcheck(OPERATORS.image_loss.default, (image.detach(), target, 0.15, 0.85, 3, False))
+    torch.library.opcheck(OPERATORS.squared_error.default, (image, target, False, True))
+    torch.library.opcheck(OPERATORS.squared_error.default, (image.detach(), target, True, False))
 
 
 def test_torch_compile_traces_through_without_a_break():
@@ -277,7 +308,8 @@ def everything(seed):
         out += [image, *grads]
     image, target = pictures(200, 240, seed=seed)
     value, grad = value_and_gradient(lambda x: cpu_kernels.photometric(x, target)[0], image)
-    return b"".join(t.numpy().tobytes() for t in (*out, value, grad))
+    squared = value_and_gradient(lambda x: cpu_kernels.squared_error(x, target), image)
+    return b"".join(t.numpy().tobytes() for t in (*out, value, grad, *squared))
 
 
 @pytest.fixture

@@ -44,13 +44,19 @@ def numbers_of(history):
 
 
 def test_schedules_start_at_lr_and_end_where_they_say():
-    ends = {LRSchedule.COSINE: 0.0, LRSchedule.EXPONENTIAL: FINAL_LR_FRACTION, LRSchedule.CONSTANT: 1.0}
+    ends = {LRSchedule.COSINE: 0.0, LRSchedule.EXPONENTIAL: FINAL_LR_FRACTION, LRSchedule.COOLDOWN: 0.0, LRSchedule.CONSTANT: 1.0}
     for schedule, end in ends.items():
         rates = [learning_rate(0.5, schedule, step, 100) for step in range(101)]
         assert rates[0] == 0.5
         assert rates[-1] == pytest.approx(0.5 * end)
         assert rates == sorted(rates, reverse=True)
         assert learning_rate(0.5, schedule, 250, 100) == rates[-1], "past the end the rate stays"
+
+
+def test_cooldown_holds_for_half_of_the_steps_and_falls_in_a_straight_line():
+    rates = [learning_rate(1.0, LRSchedule.COOLDOWN, step, 100) for step in range(101)]
+    assert rates[:51] == [1.0] * 51
+    assert rates[50:] == pytest.approx([1 - step / 50 for step in range(51)])
 
 
 def test_cosine_is_half_way_down_in_the_middle_and_exponential_falls_by_equal_factors():
