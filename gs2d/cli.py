@@ -172,13 +172,13 @@ _Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
 _Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps. auto takes the fastest there is.")]
 _Background = Annotated[str, typer.Option(metavar="COLOUR", help="Behind the Gaussians, and behind a picture that is transparent: three numbers such as 0,0.5,1, or white, or #ff8800.")]
 _Video = Annotated[Path | None, typer.Option(metavar="FILE", help="Film the training: .webm, .mp4 (needs the extra gs2d[video]), .gif, or a folder of pictures.")]
-_Quality = Annotated[str, typer.Option(help="draft (300 steps, a Gaussian for every 80 pixels), good (2,000, 40) or best (8,000, 20): what is not given below. On two cores, 768×512 pixels take about 3 s, 25 s or 3 min.")]
+_Quality = Annotated[str, typer.Option(help="draft (300 steps, a Gaussian for every 80 pixels), good (2,000, 40) or best (8,000, 20): what is not given below. On two cores, 768×512 pixels take about 2 s, 16 s or 90 s.")]
 _Steps = Annotated[int | None, typer.Option(help="Optimisation steps. [default: as --quality says]", show_default=False)]
 _Seconds = Annotated[float | None, typer.Option(help="Time for the steps, instead of their number.", show_default=False)]
 _Seed = Annotated[int, typer.Option(help="The same seed gives the same result, except with --seconds.")]
 _MaxSide = Annotated[int, typer.Option(help="Pixels of the longer side; a larger picture is shrunk to it.")]
 _Blend = Annotated[str, typer.Option(help="weighted, additive or over.")]
-_Loss = Annotated[str, typer.Option(help="l2 (highest PSNR), l1, or l1_ssim (0.15 L1 + 0.85 (1 - SSIM)).")]
+_Loss = Annotated[str, typer.Option(help="l2 (highest PSNR), l1, or l1_ssim (0.15 L1 + 0.85 (1 - SSIM)). A fit grows by l2, and l1 or l1_ssim take over at half of the steps.")]
 
 
 def _loss(name: str):

@@ -8,7 +8,7 @@ __all__ = ['LANES', 'TAPS', 'BAND', 'Lanes', 'load', 'store', 'fma', 'where_le',
 
 # %% ../nbs/11_cpu_kernels.ipynb #export-imports
 # What it does: splatting of colours and weights (ADDITIVE, WEIGHTED) and compositing (OVER), forward and backward, and
-# L1 + SSIM with its gradient, as PyTorch operators for float32 tensors on the CPU.
+# L1 + SSIM and the squared error with their gradients, as PyTorch operators for float32 tensors on the CPU.
 # What it does not do: other devices and dtypes, second derivatives, `project`. The readable form of all of it is in
 # gs2d.renderer and gs2d.loss; the algebra of the gradients is in gs2d.backward.
 # Conventions: inside, images are planar and rows are padded; every output number has one owner, and the order in which
@@ -241,7 +241,7 @@ def _prepare(start, stop, means, conics, opacities, colors, height, width, packe
 # %% ../nbs/11_cpu_kernels.ipynb #bin
 @_inlined
 def _work_per_row(g):
-    return 2.0 + (g[14] - g[13]) / LANES
+    return 2.0 + (g[14] - g[13]) / LANES  # in vectors: those of the row, and about two more to set it up
 
 
 @_compiled
@@ -413,7 +413,7 @@ def _splat_forward(start, stop, first, entries, packed, rows, background, eps, h
         _finish_splat(top, end, sums, length, background, eps, width, image, inverse)
 
 # %% ../nbs/11_cpu_kernels.ipynb #threads-spin
-_SPIN_SETTINGS = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}  # who sets one of these has decided
+_SPIN_SETTINGS = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}  # whoever has set one of these has chosen
 
 
 def _shorten_spinning():
@@ -428,7 +428,7 @@ def _shorten_spinning():
         threading.Event().wait()
 
     threading.Thread(target=own, daemon=True, name="gs2d-openmp").start()
-    ready.wait()  # a process that ends in the middle of PyTorch's code would crash
+    ready.wait()  # until it is out of PyTorch's code: a process that ended before that would crash
 
 # %% ../nbs/11_cpu_kernels.ipynb #threads
 class _Pool:
@@ -1046,7 +1046,8 @@ _operator("rasterize_backward", "(Tensor grad, Tensor image, Tensor packed, Tens
           f"Tensor background, int mode) {_RETURNS_FOUR}", _rasterize_backward, _rasterize_backward_shapes)
 _operator("image_loss", "(Tensor image, Tensor target, float l1_weight, float ssim_weight, int channels, "
           "bool with_grad) -> (Tensor, Tensor, Tensor)", _loss_forward, _loss_shapes)
-_operator("squared_error", "(Tensor image, Tensor target, bool clamp, bool with_grad) -> (Tensor, Tensor)", _squared_error, _squares_shapes)
+_operator("squared_error", "(Tensor image, Tensor target, bool clamp, bool with_grad) -> (Tensor, Tensor)",
+          _squared_error, _squares_shapes)
 
 # %% ../nbs/11_cpu_kernels.ipynb #gradients
 def _keep_rasterize(ctx, inputs, output):
@@ -1151,7 +1152,7 @@ def squared_error(
     target: Tensor,  # (H, W, C)
     clamp: bool = False,  # limit both to [0, 1] first; then there is no gradient
 ) -> Tensor:  # scalar, differentiable in the image
-    "The compiled form of `gs2d.loss.l2_loss`."
+    "The compiled form of `gs2d.loss.l2_loss`, and with `clamp` of the error inside `gs2d.loss.psnr`."
     with_grad = torch.is_grad_enabled() and image.requires_grad and not clamp
     return _operators.squared_error(image, target, clamp, with_grad)[0]
 

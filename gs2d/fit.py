@@ -50,9 +50,9 @@ def default_portrait() -> Path:
 class Quality(str, Enum):
     "How much to spend when nothing else is said; the seconds are for 768×512 pixels on two CPU cores."
 
-    DRAFT = "draft"  # one Gaussian for every 80 pixels, 300 steps: about 3 seconds
-    GOOD = "good"  # one for every 40 pixels, 2,000 steps: about 25 seconds
-    BEST = "best"  # one for every 20 pixels, 8,000 steps: about 3 minutes
+    DRAFT = "draft"  # one Gaussian for every 80 pixels, 300 steps: about 2 seconds
+    GOOD = "good"  # one for every 40 pixels, 2,000 steps: about 16 seconds
+    BEST = "best"  # one for every 20 pixels, 8,000 steps: about 90 seconds
 
     @classmethod
     def _missing_(cls, value):
@@ -118,7 +118,10 @@ def fit_config(
     device: str = "auto",
     quality: Quality | str = Quality.GOOD,
 ) -> TrainConfig:
-    "The configuration that `fit_image` trains with: read it, change it with `dataclasses.replace`, give it to `train`."
+    """The configuration that `fit_image` trains with: read it, change it with `dataclasses.replace`, give it to `train`.
+
+    With another loss than `l2_loss`, `fit_trainer` makes the trainer that `fit_image` uses.
+    """
     n_gaussians = default_n_gaussians(height, width, quality) if n_gaussians is None else n_gaussians
     steps = STEPS_FOR_A_PHOTO[Quality(quality)] if steps is None else steps
     for name, value in (("n_gaussians", n_gaussians), ("steps", steps)):
@@ -127,8 +130,8 @@ def fit_config(
     start, growth = _start_and_growth(n_gaussians, steps)
     return TrainConfig(
         n_gaussians=start, height=height, width=width, n_iterations=steps, lr=LEARNING_RATE,
-        lr_scale=_lr_scale(height, width, n_gaussians), lr_schedule=LRSchedule.COOLDOWN, init_level=InitLevel.CONTENT, blend=blend, loss=loss,
-        densify=growth, seed=seed, device=device)
+        lr_schedule=LRSchedule.COOLDOWN, lr_scale=_lr_scale(height, width, n_gaussians), init_level=InitLevel.CONTENT,
+        blend=blend, loss=loss, densify=growth, seed=seed, device=device)
 
 # %% ../nbs/09_fit_a_photo.ipynb #beat5-target
 def photo_target(
@@ -196,7 +199,7 @@ def fit_image(
     seed: int = 0,
     max_side: int | None = MAX_SIDE,  # pixels; a larger picture is shrunk to it, None keeps any size
     blend: Blend = Blend.WEIGHTED,
-    loss: Callable[[Tensor, Tensor], Tensor] = l2_loss,  # (image, target) -> scalar
+    loss: Callable[[Tensor, Tensor], Tensor] = l2_loss,  # (image, target) -> scalar; others take over at half of the steps
     background: tuple[float, float, float] = (0.0, 0.0, 0.0),  # behind the Gaussians, and behind what is transparent
     progress: bool = True,  # a bar on stderr
     device: str = "auto",  # "auto": CUDA, then MPS, then CPU

@@ -42,7 +42,7 @@ def _mean(values: Tensor) -> Tensor:
 
 def _squared_error(image: Tensor, target: Tensor, clamp: bool = False) -> Tensor:
     "Mean of (image - target)², by compiled kernels where there are any; with `clamp`, of both limited to [0, 1]."
-    slopes = target.requires_grad or (clamp and image.requires_grad)  # which the kernels do not give
+    slopes = target.requires_grad or (clamp and image.requires_grad)  # gradients that the kernels do not give
     kernels = None if slopes else kernels_for(image.device, image.dtype)
     if kernels:
         return kernels.squared_error(image, target, clamp)
