@@ -874,18 +874,17 @@ def _blur_back(maps, r, c, length, window, width, column):
 # %% ../nbs/11_cpu_kernels.ipynb #loss-row
 @_inlined
 def _finish_loss_row(xs, ys, at, back, mirrored, length, width, scales, with_grad, out, c, sums):
-    "One row of one channel: the pointwise errors, and the gradient d_mean + 2x·d_square + y·d_cross."
-    absolute, squared = fill(0.0), fill(0.0)
+    "One row of one channel: Σ|x - y|, and the gradient d_mean + 2x·d_square + y·d_cross."
+    absolute = fill(0.0)
     for x in range(0, width, LANES):
         v, y = load(xs, at + x), load(ys, at + x)
         sign = where_le(v, y, where_le(y, v, 0.0, -1.0), 1.0)
-        absolute, squared = fma(v - y, sign, absolute), fma(v - y, v - y, squared)
+        absolute = fma(v - y, sign, absolute)
         if with_grad:
             d_mean, d_square = correlate(back, x, mirrored), correlate(back, length + x, mirrored)
             d = fma(2.0 * v, d_square, fma(y, correlate(back, 2 * length + x, mirrored), d_mean))
             store(out, c * length + x, fma(d, scales[0], sign * scales[1]))
     sums[1] += total(absolute)
-    sums[2] += total(squared)
 
 # %% ../nbs/11_cpu_kernels.ipynb #loss-band
 _LOSS_BAND = 64
@@ -894,7 +893,7 @@ _LOSS_BAND = 64
 @_compiled
 def _loss_bands(start, stop, image, target, statistics, window, fit_height, fit_width, scales, with_grad, channels,
                 height, width, gradient, sums):
-    "Sums of SSIM, |x - y| and (x - y)² over bands start…stop; gradient of scales[0]·ΣSSIM + scales[1]·Σ|x - y|."
+    "Sums of SSIM and |x - y| over bands start…stop; gradient of scales[0]·ΣSSIM + scales[1]·Σ|x - y|."
     length = _row_length(width)
     xs, ys = np.empty(TAPS * 3 * length, np.float32), np.empty(TAPS * 3 * length, np.float32)
     maps, out = np.empty(TAPS * 9 * length, np.float32), np.empty(3 * length, np.float32)
@@ -961,14 +960,14 @@ def _loss_forward(image, target, l1_weight, ssim_weight, channels, with_grad):
     height, width, _ = image.shape
     window, fit_height, fit_width = _window(height, width)
     bands = -(-height // _LOSS_BAND)
-    gradient, sums = torch.empty(image.shape if with_grad else (0, 0, 3)), np.zeros((bands, 3))
+    gradient, sums = torch.empty(image.shape if with_grad else (0, 0, 3)), np.zeros((bands, 2))
     places, pixels = channels * fit_height * fit_width, channels * height * width
     scales = np.array([-ssim_weight / places, l1_weight / pixels], np.float32)
     _run(_loss_bands, _even_cuts(bands, 2), _flat(image), _flat(target), _target_statistics(target), window, fit_height,
          fit_width, scales, with_grad, channels, height, width, _flat(gradient), sums)
-    scores = sums.sum(0) / (places, pixels, pixels)
-    value = l1_weight * scores[1] + ssim_weight * (1 - scores[0])
-    return torch.tensor(value, dtype=torch.float32), torch.tensor(scores, dtype=torch.float32), gradient
+    similarity, absolute = sums.sum(0) / (places, pixels)
+    value = l1_weight * absolute + ssim_weight * (1 - similarity)
+    return torch.tensor(value, dtype=torch.float32), gradient
 
 # %% ../nbs/11_cpu_kernels.ipynb #squares
 _BLOCK = 1 << 14  # numbers that are summed in float32; the sums of blocks are added in float64
@@ -1032,11 +1031,8 @@ def _rasterize_backward_shapes(grad, image, packed, rows, state, background, mod
     return tuple(grad.new_empty(packed.shape[:1] + tail) for tail in ((2,), (3,), (), (3,)))
 
 
-def _loss_shapes(image, target, l1_weight, ssim_weight, channels, with_grad):
-    return image.new_empty(()), image.new_empty(3), image.new_empty(image.shape if with_grad else (0, 0, 3))
-
-
-def _squares_shapes(image, target, clamp, with_grad):
+def _loss_shapes(image, *others):
+    with_grad = others[-1]
     return image.new_empty(()), image.new_empty(image.shape if with_grad else (0, 0, 3))
 
 # %% ../nbs/11_cpu_kernels.ipynb #operators-define
@@ -1045,9 +1041,9 @@ _operator("rasterize", "(Tensor means, Tensor conics, Tensor opacities, Tensor c
 _operator("rasterize_backward", "(Tensor grad, Tensor image, Tensor packed, Tensor rows, Tensor state, "
           f"Tensor background, int mode) {_RETURNS_FOUR}", _rasterize_backward, _rasterize_backward_shapes)
 _operator("image_loss", "(Tensor image, Tensor target, float l1_weight, float ssim_weight, int channels, "
-          "bool with_grad) -> (Tensor, Tensor, Tensor)", _loss_forward, _loss_shapes)
+          "bool with_grad) -> (Tensor, Tensor)", _loss_forward, _loss_shapes)
 _operator("squared_error", "(Tensor image, Tensor target, bool clamp, bool with_grad) -> (Tensor, Tensor)",
-          _squared_error, _squares_shapes)
+          _squared_error, _loss_shapes)
 
 # %% ../nbs/11_cpu_kernels.ipynb #gradients
 def _keep_rasterize(ctx, inputs, output):
@@ -1071,8 +1067,8 @@ def _rasterize_gradient(ctx, grad, *_):
 
 # %% ../nbs/11_cpu_kernels.ipynb #gradients-loss
 def _keep_loss(ctx, inputs, output):
-    ctx.save_for_backward(output[-1])
-    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
@@ -1123,16 +1119,14 @@ def photometric(
     target: Tensor,  # (H, W, C)
     l1_weight: float = 0.15,
     ssim_weight: float = 0.85,
-) -> tuple[Tensor, Tensor]:  # scalar loss, differentiable in the image; (3,) SSIM, L1 and mean squared error, detached
-    "`l1_weight`·L1 + `ssim_weight`·(1 − SSIM), and the scores of the image, in one pass over it."
+) -> Tensor:  # scalar, differentiable in the image
+    "`l1_weight`·L1 + `ssim_weight`·(1 − SSIM): the compiled form of `gs2d.loss.L1SSIMLoss`, in one pass over the image."
     channels, with_grad = image.shape[-1], torch.is_grad_enabled() and image.requires_grad
-    results = []
+    loss = 0.0
     for part, goal, real in _groups_of_three(image, target):
-        value, scores, _ = _operators.image_loss(part, goal, l1_weight, ssim_weight, real, with_grad)
-        if real == channels:
-            return value, scores
-        results.append((value * (real / channels), scores * (real / channels)))
-    return tuple(sum(column) for column in zip(*results))
+        value, _ = _operators.image_loss(part, goal, l1_weight, ssim_weight, real, with_grad)
+        loss = loss + value * (real / channels) if real < channels else value
+    return loss
 
 # %% ../nbs/11_cpu_kernels.ipynb #public-ssim
 def ssim(
@@ -1140,9 +1134,9 @@ def ssim(
     target: Tensor,  # (H, W, C)
 ) -> Tensor:  # scalar, differentiable in both
     "The compiled form of `gs2d.loss.ssim`."
-    value = 1 - photometric(image, target.detach() if target.requires_grad else target, 0.0, 1.0)[0]
+    value = 1 - photometric(image, target.detach() if target.requires_grad else target, 0.0, 1.0)
     if target.requires_grad and torch.is_grad_enabled():  # SSIM is symmetric: swap the pair for the target's gradient
-        swapped = 1 - photometric(target, image.detach(), 0.0, 1.0)[0]
+        swapped = 1 - photometric(target, image.detach(), 0.0, 1.0)
         value = value + swapped - swapped.detach()
     return value
 

@@ -165,6 +165,6 @@ class L1SSIMLoss:
         _check_pair(image, target)
         kernels = kernels_for(image.device, image.dtype)
         if kernels and self.l1_weight and self.ssim_weight and not target.requires_grad:
-            return kernels.photometric(image, target, self.l1_weight, self.ssim_weight)[0]
+            return kernels.photometric(image, target, self.l1_weight, self.ssim_weight)
         loss = self.l1_weight * l1_loss(image, target) if self.l1_weight else 0.0
         return loss + self.ssim_weight * (1 - ssim(image, target)) if self.ssim_weight else loss

@@ -205,16 +205,14 @@ def test_ssim_is_differentiable_in_the_target_too():
         assert (a - b).abs().max() <= 1e-4 * b.abs().max()
 
 
-@pytest.mark.parametrize("channels", [2, 3])
-def test_photometric_is_l1_and_ssim_with_scores(channels):
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 7])
+def test_photometric_is_l1_and_ssim(channels):
     image, target = pictures(40, 50, channels)
-    value, scores = cpu_kernels.photometric(image, target, 0.3, 0.7)
+    value = cpu_kernels.photometric(image, target, 0.3, 0.7)
     expected = 0.3 * (image - target).abs().mean() + 0.7 * (1 - loss.ssim(image, target, backend="reference"))
     torch.testing.assert_close(value, expected, rtol=0, atol=1e-5)
     (ours,), (theirs,) = torch.autograd.grad(value, image), torch.autograd.grad(expected, image)
     assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
-    exact = loss.ssim(image, target, backend="reference"), (image - target).abs().mean(), (image - target).square().mean()
-    torch.testing.assert_close(scores, torch.stack(exact).detach(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(1, 1, 1), (7, 5, 4), (90, 70, 3), (300, 260, 3)])
@@ -289,7 +287,7 @@ def test_torch_compile_traces_through_without_a_break():
 
     def step(*leaves):
         image = cpu_kernels.rasterize(ScreenGaussians(*leaves), 20, 24, Blend.WEIGHTED, torch.zeros(3))
-        return cpu_kernels.photometric(image, target)[0] - cpu_kernels.ssim(image, target)
+        return cpu_kernels.photometric(image, target) - cpu_kernels.ssim(image, target)
 
     eager = torch.autograd.grad(step(*leaves), leaves)
     traced = torch.autograd.grad(torch.compile(step, backend="aot_eager", fullgraph=True)(*leaves), leaves)
@@ -307,7 +305,7 @@ def everything(seed):
         image, grads = image_and_gradients(scene(1500, 200, 240, 8.0, seed), 200, 240, blend, torch.full((3,), 0.5), "auto")
         out += [image, *grads]
     image, target = pictures(200, 240, seed=seed)
-    value, grad = value_and_gradient(lambda x: cpu_kernels.photometric(x, target)[0], image)
+    value, grad = value_and_gradient(lambda x: cpu_kernels.photometric(x, target), image)
     squared = value_and_gradient(lambda x: cpu_kernels.squared_error(x, target), image)
     return b"".join(t.numpy().tobytes() for t in (*out, value, grad, *squared))
 
