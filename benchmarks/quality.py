@@ -23,7 +23,8 @@ from gs2d import renderer
 from gs2d import train as training
 from gs2d.densify import DensifyStrategy
 from gs2d.fit import (
-    PUBLISHED, bench, bench_csv, bench_row, bench_table, fit_config, fit_image, fit_trainer, photo_target, rate_quality)
+    PUBLISHED, FitTrainer, bench, bench_csv, bench_row, bench_table, fit_config, fit_image, fit_trainer, photo_target, pictures_in,
+    rate_quality)
 from gs2d.gaussians import covariances
 from gs2d.ground_truth import GroundTruth
 from gs2d.init_levels import InitLevel
@@ -32,7 +33,6 @@ from gs2d.renderer import Blend
 from gs2d.train import LRSchedule, run
 
 HERE = Path(__file__).parent
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 TABLE = [(5_000, 2_000), (9_000, 1_200), (10_000, 3_000), (10_000, 8_000), (30_000, 1_500)]  # Gaussians, steps
 
 
@@ -44,9 +44,8 @@ def bench_main(pictures, options):
             rows.append(row)
             print(bench_table(rows).splitlines()[-1], flush=True)
         (options.out / "table.csv").write_bytes(bench_csv(rows))
-    means = sorted((row["n_gaussians"], row["psnr"]) for row in rows if row["picture"] == "mean")
-    curves = {f"gs2d, {len(pictures)} pictures": list(dict(means).items())} | {f"{name}, 24": points for name, points in PUBLISHED.items()}
-    rate_quality(curves).savefig(options.out / "table.png")
+    means = [(row["n_gaussians"], row["psnr"]) for row in rows if row["picture"] == "mean"]
+    rate_quality({f"gs2d, {len(pictures)} pictures": means} | PUBLISHED).savefig(options.out / "table.png")
     return rows
 
 
@@ -124,7 +123,7 @@ def _coarse_first(truth, config, share=0.3):
     coarse = fit_trainer(GroundTruth(half.contiguous(), None, truth.domain, truth.blend, truth.background), config)
     while coarse.steps_done < share * config.n_iterations:
         coarse.step()
-    fine = fit_trainer(truth, replace(config, n_gaussians=len(coarse.scene)))
+    fine = FitTrainer(truth, coarse.scene, config)
     fine.scene, fine.optimizer, fine.densification = coarse.scene, coarse.optimizer, coarse.densification
     fine.generator, fine.history, fine.steps_done = coarse.generator, coarse.history, coarse.steps_done
     return fine
@@ -204,9 +203,10 @@ def main():
     parser.add_argument("--out", type=Path, default=HERE / "out", help="folder for the results")
     options = parser.parse_args()
     options.table = [tuple(map(int, row.split(":"))) for row in options.table] if options.table else TABLE
-    pictures = sorted(path for path in options.folder.glob("*") if path.suffix.lower() in SUFFIXES)
-    if not pictures:
-        sys.exit(f"{options.folder}: expected pictures ({', '.join(SUFFIXES)}), got none")
+    try:
+        pictures = pictures_in(options.folder)
+    except ValueError as error:
+        sys.exit(str(error))
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "quality.json"
     results = json.loads(file.read_text()) if file.exists() else {}

@@ -252,19 +252,6 @@ def fit(
         _train_and_save(lambda: _run(fit_trainer(truth, config, seconds), video, quiet), out, video)
 
 # %% ../nbs/cli.ipynb #bench-code
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
-
-
-def _pictures(folder: Path) -> list[Path]:
-    "The picture files in a folder, by name."
-    if not folder.is_dir():
-        raise ValueError(f"expected a folder with pictures, got {folder}")
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in _PICTURES)
-    if not found:
-        raise ValueError(f"{folder}: expected pictures ({', '.join(_PICTURES)}), got none")
-    return found
-
-
 @main.command()
 def bench(
     folder: Annotated[Path, typer.Argument(help="A folder with pictures.")],
@@ -289,12 +276,12 @@ def bench(
       gs2d bench kodak --n-gaussians 10000 --seconds 60
       gs2d bench photos --n-gaussians 2000 --n-gaussians 4000 --n-gaussians 8000 --quality draft
     """
-    from gs2d.fit import PUBLISHED, bench_csv, bench_table, rate_quality
+    from gs2d.fit import PUBLISHED, bench_csv, bench_table, pictures_in, rate_quality
     from gs2d.fit import bench as rows_of
     from gs2d.gaussians import atomic_write
 
     _only_one(seconds=seconds, steps=steps)
-    pictures, rows = _pictures(folder), []
+    pictures, rows = pictures_in(folder), []
     options = dict(steps=steps, seconds=seconds, quality=quality, seed=seed, max_side=max_side, blend=blend, loss=_loss(loss), device=device)
     with _results_folder(out) as results:
         for row in rows_of(pictures, n_gaussians or [None], **options):
@@ -305,8 +292,7 @@ def bench(
         means = [(row["n_gaussians"], row["psnr"]) for row in rows if row["picture"] == "mean" and row["psnr"] is not None]
         published = PUBLISHED if all(path.stem.startswith("kodim") for path in pictures) else {}
         if means:
-            figure = rate_quality({f"gs2d, {len(pictures)} pictures": means} | {f"{name}, 24": points for name, points in published.items()})
-            figure.savefig(results / "bench.png")
+            rate_quality({f"gs2d, {len(pictures)} pictures": means} | published).savefig(results / "bench.png")
     typer.echo(f"results in {results}")
 
 # %% ../nbs/cli.ipynb #train-code

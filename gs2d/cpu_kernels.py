@@ -245,7 +245,7 @@ def _work_per_row(g):
 
 
 @_compiled
-def _bin(rows, packed, height):
+def _bin(packed, rows, height):
     """Which Gaussians touch which band, by a counting sort.
 
     Band b has entries[first[b] : first[b + 1]]; Gaussian i has slots[i + 1] - slots[i] entries in all; `work` is a
@@ -516,9 +516,10 @@ def _rasterize_forward(means, conics, opacities, colors, background, height, wid
     packed, rows = torch.zeros(len(means), 16), torch.zeros(len(means), 2, dtype=torch.int32)
     image, state = torch.empty(height, width, 3), torch.empty(_state_shape(height, width, mode))
     inputs = [_flat(tensor) for tensor in (means, conics, opacities, colors)]
-    _run(_prepare, _even_cuts(len(means), 4000), *inputs, height, width, packed.numpy(), rows.numpy())
-    first, entries, _, work = _bin(rows.numpy(), packed.numpy(), height)
-    scene = first, entries, packed.numpy(), rows.numpy(), _flat(background)
+    gaussians = packed.numpy(), rows.numpy()
+    _run(_prepare, _even_cuts(len(means), 4000), *inputs, height, width, *gaussians)
+    first, entries, _, work = _bin(*gaussians, height)
+    scene = first, entries, *gaussians, _flat(background)
     out = height, width, _flat(image), _flat(state)
     if mode == _OVER:
         _run(_over_forward, _fair_cuts(work), *scene, *out)
@@ -590,7 +591,7 @@ def _splat_backward(start, stop, order, packed, rows, planes, weighted, width, d
 
 # %% ../nbs/11_cpu_kernels.ipynb #backward-order-code
 @_compiled
-def _from_top_to_bottom(rows, packed, height):
+def _from_top_to_bottom(packed, rows, height):
     "The visible Gaussians in the order of the band they begin in, and a running total of their work."
     first = np.zeros((height + BAND - 1) // BAND + 1, np.int64)
     for i in range(len(rows)):
@@ -740,7 +741,7 @@ def _rasterize_backward(grad, image, packed, rows, state, background, mode):
     outs = [_flat(tensor) for tensor in grads]
     gaussians = packed.numpy(), rows.numpy()
     if mode == _OVER:
-        first, entries, slots, work = _bin(rows.numpy(), packed.numpy(), height)
+        first, entries, slots, work = _bin(*gaussians, height)
         partial = np.empty((len(entries), 9), np.float32)
         pixels = _flat(background), _flat(grad), _flat(state), height, width
         _run(_over_backward, _fair_cuts(work), first, entries, slots, *gaussians, *pixels, partial)
@@ -748,7 +749,7 @@ def _rasterize_backward(grad, image, packed, rows, state, background, mode):
     else:
         planes, weighted = torch.empty(height * 4 * _row_length.py_func(width)).numpy(), mode == _WEIGHTED
         pixels = _flat(grad), _flat(image), _flat(state), weighted, height, width
-        order, work = _from_top_to_bottom(rows.numpy(), packed.numpy(), height)
+        order, work = _from_top_to_bottom(*gaussians, height)
         _run(_gradient_planes, _even_cuts(height, 64), *pixels, planes)
         _run(_splat_backward, _fair_cuts(work), order, *gaussians, planes, weighted, width, *outs)
     return grads

@@ -18,7 +18,7 @@ from gs2d import cpu_kernels, loss
 from gs2d.renderer import Blend, ScreenGaussians, kernels_for, rasterize
 
 PACKAGE = Path(cpu_kernels.__file__).parent
-OPERATORS = torch.ops.gs2d
+OPS = torch.ops.gs2d
 MODES = {Blend.ADDITIVE: 0, Blend.WEIGHTED: 1, Blend.OVER: 2}
 
 
@@ -268,18 +268,18 @@ def test_statistics_of_the_target_never_go_stale_and_do_not_keep_it_alive():
 def test_opcheck(mode):
     leaves = scene(12, 16, 18, 3.0)
     background = torch.tensor([0.1, 0.2, 0.3], requires_grad=True)
-    torch.library.opcheck(OPERATORS.rasterize.default, (*leaves, background, 16, 18, mode))
-    saved = [t.detach() for t in OPERATORS.rasterize(*leaves, background, 16, 18, mode)]
+    torch.library.opcheck(OPS.rasterize.default, (*leaves, background, 16, 18, mode))
+    saved = [t.detach() for t in OPS.rasterize(*leaves, background, 16, 18, mode)]
     grad = torch.ones(16, 18, 3)
-    torch.library.opcheck(OPERATORS.rasterize_backward.default, (grad, *saved, background.detach(), mode))
+    torch.library.opcheck(OPS.rasterize_backward.default, (grad, *saved, background.detach(), mode))
 
 
 def test_opcheck_of_the_loss():
     image, target = pictures(16, 18)
-    torch.library.opcheck(OPERATORS.image_loss.default, (image, target, 0.15, 0.85, 3, True))
-    torch.library.opcheck(OPERATORS.image_loss.default, (image.detach(), target, 0.15, 0.85, 3, False))
-    torch.library.opcheck(OPERATORS.squared_error.default, (image, target, False, True))
-    torch.library.opcheck(OPERATORS.squared_error.default, (image.detach(), target, True, False))
+    torch.library.opcheck(OPS.image_loss.default, (image, target, 0.15, 0.85, 3, True))
+    torch.library.opcheck(OPS.image_loss.default, (image.detach(), target, 0.15, 0.85, 3, False))
+    torch.library.opcheck(OPS.squared_error.default, (image, target, False, True))
+    torch.library.opcheck(OPS.squared_error.default, (image.detach(), target, True, False))
 
 
 def test_torch_compile_traces_through_without_a_break():
