@@ -31,7 +31,7 @@ def contents(folder: Path) -> dict:
 
 def generate(folder: Path) -> None:
     "Make again what is made from the notebooks; a module that no notebook exports any more is then missing."
-    for module in folder.glob("gs2d/*.py"):
+    for module in folder.glob("gs2d/**/*.py"):
         if module.name != "__init__.py":
             module.unlink()
     environment = {key: value for key, value in os.environ.items() if key != "IN_TEST"}  # with it nbdev exports nothing

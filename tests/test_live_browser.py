@@ -49,7 +49,7 @@ def wait_for(condition, what, seconds=120):
 def lesson_for_the_test(folder: Path) -> None:
     "A copy of the lesson, with a few more cells at its end. The stored one is not touched."
     shutil.copy(NBS / "gs2d.mplstyle", folder)
-    notebook = nbformat.read(NBS / "07_live.ipynb", 4)
+    notebook = nbformat.read(NBS / "08_live.ipynb", 4)
     notebook.cells += [nbformat.v4.new_code_cell(source) for source in (PANEL_CELL, PROBE_CELL, BUSY_CELL, FOREGROUND_CELL)]
     nbformat.write(notebook, folder / "lesson.ipynb")
 

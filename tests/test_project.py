@@ -4,6 +4,7 @@ Most of it reads source text; only two tests import the package, in an interpret
 """
 import ast
 import configparser
+import graphlib
 import json
 import os
 import re
@@ -19,13 +20,19 @@ import yaml
 import readme
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
-NOT_LESSONS = {"__init__", "_modidx"}  # the package's front door, and nbdev's index of names
-MODULES = sorted(path for path in (ROOT / "gs2d").glob("*.py") if path.stem not in NOT_LESSONS)
-LAST_MODULE = "cli"
+NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb")) + sorted((ROOT / "nbs" / "workshop").glob("*.ipynb"))
+NOT_LESSONS = {"__init__", "_modidx"}  # the package's front doors, and nbdev's index of names
+
+
+def module_name(path: Path) -> str:
+    "The dotted name of a module file inside the package: gs2d/io/files.py is io.files."
+    return ".".join(path.relative_to(ROOT / "gs2d").with_suffix("").parts)
+
+
+MODULES = sorted(path for path in (ROOT / "gs2d").rglob("*.py") if path.stem not in NOT_LESSONS)
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-each_module = pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+each_module = pytest.mark.parametrize("path", MODULES, ids=module_name)
 
 
 # --- reading notebooks ----------------------------------------------------------------------------
@@ -44,69 +51,80 @@ def outputs(path: Path) -> list:
     return [(cell["id"], output) for cell in cells(path, "code") for output in cell["outputs"]]
 
 
-def exported_module(path: Path):
-    "The module that a notebook exports to, or None."
+def exported_modules(path: Path) -> list:
+    "The modules that a notebook exports to: its default one first, then those that single cells name."
+    found = []
     for cell in cells(path, "code"):
-        if found := re.search(r"^#\|\s*default_exp\s+(\S+)", source(cell), re.MULTILINE):
-            return found[1]
-    return None
-
-
-def modules_in_order() -> list:
-    "Names of the modules in the order of their lessons; the command line, which has no number, is last."
-    names = [name for path in NOTEBOOKS if (name := exported_module(path))]
-    return sorted(names, key=lambda name: name == LAST_MODULE)
+        found += re.findall(r"^#\|\s*(?:default_exp|exporti?)[ \t]+([\w.]+)[ \t]*$", source(cell), re.MULTILINE)
+    return list(dict.fromkeys(found))
 
 
 # --- the lessons and their modules ----------------------------------------------------------------
 
 
-def test_every_module_has_one_lesson():
-    assert sorted(modules_in_order()) == [path.stem for path in MODULES]
+def test_every_module_has_one_notebook():
+    assert sorted(name for path in NOTEBOOKS for name in exported_modules(path)) == sorted(map(module_name, MODULES))
 
 
-def imported_from_gs2d(tree: ast.AST, module: str) -> list:
-    "(line, dotted name) of everything of gs2d that `gs2d/<module>.py` imports, wherever in the file."
-    package = f"gs2d.{module}".split(".")[:-1]
-    found = []
+def imported_from_gs2d(tree: ast.AST, module: str) -> set:
+    "Dotted names, below gs2d, of everything that the module of this name imports, wherever in the file; \"\" is the package itself."
+    package = ["gs2d", *module.split(".")[:-1]]
+    found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found += [(node.lineno, alias.name) for alias in node.names]
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) + 1 - node.level] if node.level else []
             origin = ".".join(base + ([node.module] if node.module else []))
-            # `from gs2d import x` names a module or something that the front door re-exports.
-            found += [(node.lineno, f"{origin}.{alias.name}") for alias in node.names] if origin == "gs2d" else [(node.lineno, origin)]
-    return [(line, name) for line, name in found if name.split(".")[0] == "gs2d"]
+            whole = {f"{origin}.{alias.name}" for alias in node.names}  # `from .kernels import vectors` names a module
+            found |= whole if origin == "gs2d" or whole & KNOWN else {origin}
+    return {name.removeprefix("gs2d").lstrip(".") for name in found if name.split(".")[0] == "gs2d"} - {"__version__"}
 
 
-def wrong_imports(text: str, module: str, earlier: list) -> list:
-    allowed = {"gs2d.__version__", *(f"gs2d.{name}" for name in earlier)}
-    return [f"gs2d/{module}.py:{line} imports {name}" for line, name in imported_from_gs2d(ast.parse(text), module)
-            if name not in allowed]
+KNOWN = {f"gs2d.{module_name(path)}" for path in MODULES}
+DOORS = {"renderer", "live"}  # the modules that name others in strings, to import them at first use
 
 
-@each_module
-def test_module_imports_only_earlier_lessons(path):
-    order = modules_in_order()
-    earlier = order[: order.index(path.stem)]
-    assert wrong_imports(path.read_text(encoding="utf-8"), path.stem, earlier) == []
+def import_graph() -> dict:
+    "Module -> the modules that it imports, by name."
+    return {module_name(path): imported_from_gs2d(ast.parse(path.read_text(encoding="utf-8")), module_name(path)) for path in MODULES}
 
 
-@pytest.mark.parametrize("line", [
-    "from .train import train", "from gs2d.train import train", "import gs2d.train", "import gs2d", "from gs2d import train",
-    "from . import train", "def f():\n    from gs2d.train import train", "from . import Gaussians2D",
+def test_no_import_runs_in_a_circle_and_none_takes_the_front_door():
+    graph = import_graph()
+    assert {name: sorted(others - graph.keys()) for name, others in graph.items() if others - graph.keys()} == {}
+    tuple(graphlib.TopologicalSorter(graph).static_order())  # CycleError names the circle
+
+
+def test_a_lesson_imports_only_what_an_earlier_one_taught():
+    graph, number = import_graph(), {}
+    for k, path in enumerate(NOTEBOOKS):
+        if path.stem[:2].isdigit():
+            number |= {name: k for name in exported_modules(path)}
+    late = {(name, other) for name in number for other in graph[name] if number.get(other, -1) > number[name]}
+    assert late == set()
+
+
+def test_no_module_is_imported_by_its_name_but_through_the_door():
+    "A string with the name of a module is an arrow that no other test sees."
+    for path in MODULES:
+        strings = {node.value for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+                   if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+        assert module_name(path) in DOORS or not strings & KNOWN, f"{path}: {strings & KNOWN}"
+
+
+@pytest.mark.parametrize("line, name", [
+    ("from .train import train", "train"), ("from gs2d.train import train", "train"), ("import gs2d.train", "train"), ("import gs2d", ""),
+    ("from gs2d import train", "train"), ("from . import train", "train"), ("def f():\n    from gs2d.train import train", "train"),
+    ("from . import Gaussians2D", "Gaussians2D"), ("from .io.files import atomic_write", "io.files"), ("from .io import files", "io.files"),
 ])
-def test_an_import_of_a_later_lesson_is_found(line):
-    assert len(wrong_imports(line, "loss", earlier=["gaussians", "renderer"])) == 1
+def test_an_import_is_found(line, name):
+    assert imported_from_gs2d(ast.parse(line), "loss") == {name}
 
 
-@pytest.mark.parametrize("line", [
-    "from .gaussians import Gaussians2D", "from gs2d.renderer import render", "from . import __version__", "import torch",
-    'KERNELS = {"cpu": "gs2d.cpu_kernels"}',
-])
-def test_an_import_of_an_earlier_lesson_is_allowed(line):
-    assert wrong_imports(line, "loss", earlier=["gaussians", "renderer"]) == []
+@pytest.mark.parametrize("line", ["from . import __version__", "import torch", "from torch import nn"])
+def test_an_import_from_elsewhere_is_none_of_ours(line):
+    assert imported_from_gs2d(ast.parse(line), "loss") == set()
 
 
 @each_module
@@ -169,13 +187,9 @@ def test_importing_gs2d_is_light():
 
 
 def test_importing_every_module_without_kernels_or_widgets_is_light():
-    modules = [path.stem for path in MODULES if path.stem != "live"]  # the panel is made of ipywidgets
-    assert imported_by(
-        "import importlib\n"
-        "from gs2d.renderer import KERNELS\n"
-        f"for name in {modules}:\n"
-        "    if f'gs2d.{name}' not in KERNELS.values(): importlib.import_module(f'gs2d.{name}')"
-    ) == set()
+    modules = [module_name(path) for path in MODULES if path.stem not in ("live", "panel")]  # made of ipywidgets
+    modules = [name for name in modules if name != "cpu_kernels"]
+    assert imported_by(f"import importlib\nfor name in {modules}: importlib.import_module('gs2d.' + name)") == set()
 
 
 def settings() -> configparser.SectionProxy:
@@ -304,7 +318,7 @@ def pages(contents: list) -> list:
 
 def test_sidebar_lists_every_notebook_once():
     sidebar = yaml.safe_load((ROOT / "nbs" / "sidebar.yml").read_text())["website"]["sidebar"]["contents"]
-    assert sorted(pages(sidebar)) == [path.name for path in NOTEBOOKS]
+    assert sorted(pages(sidebar)) == sorted(path.relative_to(ROOT / "nbs").as_posix() for path in NOTEBOOKS)
 
 
 def test_navbar_links_to_pages():
@@ -332,12 +346,5 @@ def test_ci_runs_the_tests():
     assert os.access(script, os.X_OK) and re.search(r"^make test$", script.read_text(), re.MULTILINE)
 
 
-def test_no_pyproject_and_one_license():
+def test_nbdev_writes_no_pyproject():
     assert not (ROOT / "pyproject.toml").exists()
-    text = (ROOT / "LICENSE").read_text()
-    assert "Apache License" in text and "END OF TERMS AND CONDITIONS" in text
-
-
-def test_contributing_begins_with_the_source():
-    title, first = (ROOT / "CONTRIBUTING.md").read_text().split("\n\n")[:2]
-    assert title.startswith("# ") and "notebooks" in first and "are the source" in first
