@@ -278,7 +278,7 @@ def bench(
     """
     from gs2d.fit import PUBLISHED, bench_csv, bench_table, pictures_in, rate_quality
     from gs2d.fit import bench as rows_of
-    from gs2d.gaussians import atomic_write
+    from gs2d.io.files import atomic_write
 
     _only_one(seconds=seconds, steps=steps)
     pictures, rows = pictures_in(folder), []
@@ -380,12 +380,12 @@ def train(
 # %% ../nbs/workshop/cli.ipynb #render-code
 def _size(file, height: int | None, width: int | None) -> tuple[int, int]:
     "Rows and columns of the picture: what is missing follows from the domain, or from the file where nothing is given."
-    from gs2d.ground_truth import MAX_PIXELS
+    from gs2d.io.pictures import MAX_PIXELS
 
     for name, value in (("--height", height), ("--width", width)):
         if value is not None and value < 1:
             raise ValueError(f"{name}: expected at least 1 pixel, got {value}")
-    aspect = file.scene.domain.width / file.scene.domain.height
+    aspect = (file.x_dim[1] - file.x_dim[0]) / (file.y_dim[1] - file.y_dim[0])
     if height is None and width is None:
         height, width = file.height, file.width
     if height is None and width is None:
@@ -419,21 +419,23 @@ def render(
 
     from gs2d import renderer
     from gs2d.fit import straight_alpha
-    from gs2d.gaussians import load_scene
-    from gs2d.ground_truth import save_picture
+    from gs2d.gaussians import Gaussians2D
+    from gs2d.io.pictures import save_picture
+    from gs2d.io.scenes import read_scene
     from gs2d.train import resolve_device
 
-    file = load_scene(scene)
+    file = read_scene(scene)
+    gaussians = Gaussians2D.from_record(file)
     rows, columns = _size(file, height, width)
-    behind, transparent = file.background, file.scene.colors.shape[1] == 4
+    behind, transparent = file.background, file.colors.shape[1] == 4
     if background is not None and not transparent:
         behind = _color(background)
     with torch.no_grad():
-        image = renderer.render(file.scene.to(resolve_device(device)), rows, columns, blend or file.blend, behind)
+        image = renderer.render(gaussians.to(resolve_device(device)), rows, columns, blend or file.blend, behind)
     if background is not None and transparent:
         image = image[..., :3] + (1 - image[..., 3:].clamp(0, 1)) * torch.tensor(_color(background)).to(image)
     path = save_picture(straight_alpha(image), out or scene.with_suffix(".png"))
-    typer.echo(f"{path}, {columns}×{rows} pixels, {len(file.scene):,} Gaussians")
+    typer.echo(f"{path}, {columns}×{rows} pixels, {len(gaussians):,} Gaussians")
 
 # %% ../nbs/workshop/cli.ipynb #info-code
 def _span(values, unit: str = "") -> str:
@@ -453,10 +455,12 @@ def info(
     Example:
       gs2d info scene.json
     """
-    from gs2d.gaussians import load_scene
+    from gs2d.gaussians import Gaussians2D
+    from gs2d.io.scenes import read_scene
 
-    file = load_scene(scene)
-    gaussians, domain = file.scene, file.scene.domain
+    file = read_scene(scene)
+    gaussians = Gaussians2D.from_record(file)
+    domain = gaussians.domain
     pixel = domain.width / file.width if file.width else None
     lines = {
         "Gaussians": f"{len(gaussians):,}, {gaussians.colors.shape[1]} channels, {scene.stat().st_size:,} bytes",

@@ -32,9 +32,11 @@ from torch.nn import functional as F
 
 from . import __version__
 from .densify import DensifyConfig, DensifyStrategy
-from .gaussians import CUTOFF_POWER, Domain2D, Gaussians2D, atomic_write, draw_outlines
-from .ground_truth import GroundTruth, load_picture, save_picture
+from .gaussians import CUTOFF_POWER, Domain2D, Gaussians2D, draw_outlines
+from .ground_truth import GroundTruth
 from .init_levels import InitLevel
+from .io.files import atomic_write
+from .io.pictures import load_picture, save_picture
 from .loss import SSIM_WINDOW, l2_loss, ssim_factors
 from .renderer import Blend, project
 from .train import LRSchedule, StepRecord, TrainConfig, Trainer, TrainResult, make_trainer, run
@@ -427,7 +429,9 @@ def save_results(
     "Write scene.json, metrics.json, history.csv, render.png, target.png and comparison.png, each of them whole or not at all."
     folder, truth = Path(folder), result.ground_truth
     folder.mkdir(parents=True, exist_ok=True)
-    result.scene.save(folder / "scene.json", truth.height, truth.width, result.config.blend, truth.background)
+    scene = result.scene.clone()
+    scene.blend, scene.background = result.config.blend, truth.background
+    scene.save(folder / "scene.json", truth.height, truth.width)
     atomic_write(folder / "metrics.json", (json.dumps(metrics(result), indent=1, allow_nan=False) + "\n").encode())
     atomic_write(folder / "history.csv", _csv(StepRecord._fields, result.history))
     save_picture(straight_alpha(result.image), folder / "render.png")

@@ -4,23 +4,25 @@
 
 # %% auto #0
 __all__ = ['PARAMETER_NAMES', 'CUTOFF_POWER', 'CUTOFF_STD', 'rotation_matrices', 'covariances', 'conics', 'gaussian_weights',
-           'Domain2D', 'Gaussians2D', 'draw_outlines', 'atomic_write', 'SceneFile', 'load_scene']
+           'Domain2D', 'Blend', 'Gaussians2D', 'draw_outlines']
 
 # %% ../nbs/00_gaussians.ipynb #export-imports
 # Conventions: x to the right and y up, in domain units; angles in radians, counter-clockwise; Σ = R S Sᵀ Rᵀ.
 # A Gaussian's weight is 1 at its centre and exactly 0 beyond 3.33 standard deviations. Parameters are stored raw
 # (log_scales, opacity_logits); scales and opacities are their activated values. This module knows nothing of
-# pixels: pictures are made by gs2d.renderer.
+# pixels: pictures are made by gs2d.renderer. Files are in gs2d.io.scenes.
 import io
-import json
 import math
 import os
-import tempfile
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from . import checks
+from .io.scenes import SceneRecord, read_scene, write_scene
 
 # %% ../nbs/00_gaussians.ipynb #cutoff
 PARAMETER_NAMES = ("means", "log_scales", "rotations", "opacity_logits", "colors")
@@ -41,8 +43,8 @@ def covariances(
     rotations: Tensor,  # (N,) radians, counter-clockwise
 ) -> Tensor:  # (N, 2, 2) symmetric, positive definite
     "Σ = R S Sᵀ Rᵀ: the factored covariance of 3D Gaussian Splatting (Kerbl et al. 2023, eq. 6), in the plane."
-    root = rotation_matrices(rotations) * scales[:, None, :]
-    return root @ root.transpose(-1, -2)
+    axes = rotation_matrices(rotations) * scales[:, None, :]  # R S
+    return axes @ axes.transpose(-1, -2)
 
 # %% ../nbs/00_gaussians.ipynb #conic-real
 def conics(
@@ -68,17 +70,6 @@ def gaussian_weights(
     below = power.detach().clamp(max=0)  # what rounding leaves below 0 for very thin Gaussians
     return torch.where(power <= CUTOFF_POWER, torch.exp(-0.5 * (power - below)), 0.0)
 
-# %% ../nbs/00_gaussians.ipynb #domain-interval
-def _interval(name: str, value: tuple[float, float]) -> tuple[float, float]:
-    "Check that `value` is a pair of finite numbers in increasing order, and return it as floats."
-    try:
-        low, high = (float(v) for v in value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name}: expected two numbers (low, high), got {value!r}") from None
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise ValueError(f"{name}: expected finite low < high, got ({low}, {high})")
-    return low, high
-
 # %% ../nbs/00_gaussians.ipynb #domain-class
 @dataclass(frozen=True)
 class Domain2D:
@@ -88,8 +79,8 @@ class Domain2D:
     y_dim: tuple[float, float] = (-5.0, 5.0)  # bottom and top edge
 
     def __post_init__(self):
-        object.__setattr__(self, "x_dim", _interval("x_dim", self.x_dim))
-        object.__setattr__(self, "y_dim", _interval("y_dim", self.y_dim))
+        object.__setattr__(self, "x_dim", checks.interval("x_dim", self.x_dim))
+        object.__setattr__(self, "y_dim", checks.interval("y_dim", self.y_dim))
 
     @property
     def width(self) -> float:
@@ -133,9 +124,21 @@ def _checked(**parameters) -> dict[str, Tensor]:
             raise ValueError(f"expected the same {what} in all parameters, got {kinds}")
     return tensors
 
+# %% ../nbs/00_gaussians.ipynb #scene-blend
+class Blend(str, Enum):
+    "How the Gaussians that reach a pixel make one colour: o opacity, w weight, c colour, b background."
+
+    WEIGHTED = "weighted"  # I = (Σ oᵢwᵢcᵢ + ε b) / (Σ oᵢwᵢ + ε)
+    ADDITIVE = "additive"  # I = b + Σ oᵢwᵢcᵢ
+    OVER = "over"  # I = Σ Tᵢαᵢcᵢ + T b with αᵢ = min(0.99, oᵢwᵢ), front to back by index
+
+    @classmethod
+    def _missing_(cls, value):
+        raise ValueError(f"blend: expected one of {', '.join(mode.value for mode in cls)}, got {value!r}")
+
 # %% ../nbs/00_gaussians.ipynb #scene-class
 class Gaussians2D(nn.Module):
-    "A scene of N 2D Gaussians: five trainable tensors, and the domain they live in."
+    "A scene of N 2D Gaussians: five trainable tensors, the domain they live in, and how they are meant to look."
 
     def __init__(
         self,
@@ -145,12 +148,15 @@ class Gaussians2D(nn.Module):
         opacity_logits: Tensor,  # (N,) their sigmoid is the opacity
         colors: Tensor,  # (N, C) unbounded amounts of ink; C = 3 for RGB
         domain: Domain2D = Domain2D(),
+        blend: Blend | str = Blend.WEIGHTED,  # how overlapping colours are mixed
+        background: tuple[float, ...] | None = None,  # C numbers, the colour where no Gaussian reaches; None is 0
     ):
         super().__init__()
-        raw = _checked(means=means, log_scales=log_scales, rotations=rotations, opacity_logits=opacity_logits, colors=colors)
-        for name, tensor in raw.items():
+        raw = dict(means=means, log_scales=log_scales, rotations=rotations, opacity_logits=opacity_logits, colors=colors)
+        for name, tensor in _checked(**raw).items():
             self.register_parameter(name, nn.Parameter(tensor.detach().clone().contiguous()))
-        self.domain = domain
+        self.domain, self.blend = domain, checks.member("blend", blend, Blend)
+        self.background = checks.background(background, self.colors.shape[1])
 
     @classmethod
     def from_values(
@@ -161,6 +167,8 @@ class Gaussians2D(nn.Module):
         opacities: Tensor,  # (N,) in [0, 1]
         colors: Tensor,  # (N, C)
         domain: Domain2D = Domain2D(),
+        blend: Blend | str = Blend.WEIGHTED,
+        background: tuple[float, ...] | None = None,  # C numbers; None is 0 in all of them
     ) -> "Gaussians2D":
         "A float32 scene with these activated values (tensors or lists). Opacities 0 and 1 get large finite logits."
         means, scales, rotations, opacities, colors = (
@@ -168,9 +176,11 @@ class Gaussians2D(nn.Module):
         if not (scales > 0).all():
             raise ValueError(f"scales: expected positive numbers, got {scales.min().item():g}")
         if not ((opacities >= 0) & (opacities <= 1)).all():
-            raise ValueError(f"opacities: expected numbers in [0, 1], got {opacities.min().item():g} to {opacities.max().item():g}")
+            low, high = opacities.min().item(), opacities.max().item()
+            raise ValueError(f"opacities: expected numbers in [0, 1], got {low:g} to {high:g}")
         logits = torch.logit(opacities).clamp(-110, 40)
-        return cls(*(raw.float() for raw in (means, scales.log(), rotations, logits, colors)), domain)
+        raw = (means, scales.log(), rotations, logits, colors)
+        return cls(*(tensor.float() for tensor in raw), domain, blend, background)
 
     def __len__(self) -> int:
         return len(self.means)
@@ -190,33 +200,77 @@ class Gaussians2D(nn.Module):
         "Where the parameters live."
         return self.means.device
 
+    def axes(self) -> Tensor:
+        "(N, 2, 2) R S: the columns are the two axes of each ellipse, one standard deviation long, domain units."
+        return rotation_matrices(self.rotations) * self.scales[:, None, :]
+
+    def ndc_gradient(self) -> Tensor | None:
+        """(N, 2) ∂L/∂means in normalised device coordinates, [-1, 1] across the image; None before a backward pass.
+
+        One step of NDC is half the domain, so by the chain rule it is `means.grad` times half the domain's extents.
+        """
+        return None if self.means.grad is None else self.means.grad * self._half_extents()
+
+    def ndc_directions(
+        self,
+        gradients: Tensor,  # (N, 2) with respect to the means in NDC, as `ndc_gradient` gives them
+    ) -> Tensor:  # (N, 2) with respect to the means in domain units
+        """The same gradients in domain units: divided by half the domain's extents.
+
+        A gradient divides by the lengths that a displacement is multiplied with. The loss falls fastest, in domain
+        units, along `-ndc_directions(gradients)`.
+        """
+        return gradients / self._half_extents()
+
+    def _half_extents(self) -> Tensor:
+        return torch.tensor([self.domain.width / 2, self.domain.height / 2], dtype=self.means.dtype, device=self.device)
+
     def clone(self) -> "Gaussians2D":
-        "An independent copy: same values, no shared memory, no gradients."
-        return Gaussians2D(*(getattr(self, name) for name in PARAMETER_NAMES), self.domain)
+        "An independent copy: same values, same look, no shared memory, no gradients."
+        raw = (getattr(self, name) for name in PARAMETER_NAMES)
+        return Gaussians2D(*raw, self.domain, self.blend, self.background)
 
     def extra_repr(self) -> str:
         "What `print(scene)` shows between the brackets."
-        return f"{len(self)} Gaussians, x {self.domain.x_dim}, y {self.domain.y_dim}, {self.means.dtype}, {self.device}"
+        look = f"{Blend(self.blend).value}" + (f" on {self.background}" if any(self.background) else "")
+        domain = f"x {self.domain.x_dim}, y {self.domain.y_dim}"
+        return f"{len(self)} Gaussians, {domain}, {look}, {self.means.dtype}, {self.device}"
 
     def _repr_png_(self) -> bytes:
         "The picture that Jupyter shows: the scene at thumbnail size, and its outlines."
         return _thumbnail(self)
 
-    def save(
+    def record(
         self,
-        path: str | os.PathLike,  # where to write; an existing file is replaced in one step
         height: int | None = None,  # pixels of the picture the scene was fitted to, if any
         width: int | None = None,
-        blend: str = "weighted",  # how it is meant to be blended
-        background: tuple[float, ...] = (0.0, 0.0, 0.0),
-    ) -> Path:
-        "Write the scene as readable JSON; `load_scene` says what is in it."
-        return _write_scene(self, path, height, width, blend, background)
+    ) -> SceneRecord:
+        "The scene as plain activated values, in float64 so that a float32 scene survives the round trip."
+        raw = [getattr(self, name).detach().cpu().double() for name in PARAMETER_NAMES]
+        means, log_scales, rotations, logits, colors = raw
+        return SceneRecord(
+            means, log_scales.exp(), rotations, logits.sigmoid(), colors, self.domain.x_dim, self.domain.y_dim,
+            getattr(self.blend, "value", self.blend), self.background, height, width)
 
-    @staticmethod
-    def load(path: str | os.PathLike) -> "Gaussians2D":
-        "Read the Gaussians of a scene file. `load_scene` also gives the picture size, blend and background."
-        return load_scene(path).scene
+    @classmethod
+    def from_record(cls, record: SceneRecord) -> "Gaussians2D":
+        "The scene of a record, as `gs2d.io.scenes.read_scene` returns it."
+        values = (record.means, record.scales, record.rotations, record.opacities, record.colors)
+        return cls.from_values(*values, Domain2D(record.x_dim, record.y_dim), record.blend, record.background)
+
+    def save(
+        self,
+        path: str | os.PathLike,  # where to write, such as scene.json; an existing file is replaced in one step
+        height: int | None = None,  # pixels of the picture the scene was fitted to, if any
+        width: int | None = None,
+    ) -> Path:
+        "Write a scene file: the Gaussians, the domain, blend and background (see `gs2d.io.scenes`)."
+        return write_scene(self.record(height, width), path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Gaussians2D":
+        "Read a scene file, with its blend and background. `gs2d.io.scenes.read_scene` also says the picture's size."
+        return cls.from_record(read_scene(path))
 
 # %% ../nbs/00_gaussians.ipynb #outlines
 def draw_outlines(
@@ -229,10 +283,12 @@ def draw_outlines(
     "Draw every Gaussian as the ellipse at `n_std` standard deviations."
     from matplotlib.collections import EllipseCollection
 
-    values = (n_std * 2 * scene.scales, scene.rotations.rad2deg(), scene.means, scene.colors[:, :3].clamp(0, 1).expand(-1, 3))
+    colors = scene.colors[:, :3].clamp(0, 1).expand(-1, 3)
+    values = (n_std * 2 * scene.scales, scene.rotations.rad2deg(), scene.means, colors)
     sizes, angles, means, own = (value.detach().cpu().double().nan_to_num().numpy() for value in values)
     style = {"facecolors": "none", "linewidths": 1.0, "edgecolors": own if color is None else color, **style}
-    ax.add_collection(EllipseCollection(*sizes.T, angles, units="xy", offsets=means, offset_transform=ax.transData, **style))
+    style |= {"units": "xy", "offsets": means, "offset_transform": ax.transData}
+    ax.add_collection(EllipseCollection(*sizes.T, angles, **style))
     ax.set(xlim=scene.domain.x_dim, ylim=scene.domain.y_dim, aspect="equal")
 
 # %% ../nbs/00_gaussians.ipynb #thumbnail-values
@@ -270,121 +326,3 @@ def _thumbnail(scene: Gaussians2D, size: int = 144) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
-
-# %% ../nbs/00_gaussians.ipynb #file-atomic
-def atomic_write(
-    path: str | os.PathLike,  # the file to write; an existing one is replaced
-    data: bytes,
-) -> Path:
-    "Write `data` under a temporary name beside `path`, then rename: afterwards the file is the old one or the new one, never half."
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"expected an existing folder for {path.name}, got {path.parent}")
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # mkstemp makes files that only their owner can read
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    return path
-
-# %% ../nbs/00_gaussians.ipynb #file-write
-def _write_scene(scene, path, height, width, blend, background) -> Path:
-    "Write scene JSON (one key a line), with exp and sigmoid taken in float64 so that a float32 scene survives the round trip."
-    raw = {name: getattr(scene, name).detach().cpu().double() for name in PARAMETER_NAMES}
-    for name, tensor in raw.items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{name}: expected finite numbers, got {int((~tensor.isfinite()).sum())} that are not; nothing was saved")
-    opacities, colors = raw["opacity_logits"].sigmoid(), raw["colors"]
-    document = {"format": "gs2d-scene", "version": 1, "x_dim": scene.domain.x_dim, "y_dim": scene.domain.y_dim}
-    document |= {"res_x": width, "res_y": height, "N": len(scene), "dims": 2}
-    document |= {"blend": getattr(blend, "value", blend), "background": [float(b) for b in background]}
-    document |= {"alphas": (opacities[:, None] * colors).tolist(), "centers": raw["means"].tolist()}
-    document |= {"sigmas": raw["log_scales"].exp().tolist(), "thetas": raw["rotations"].tolist()}
-    document |= {"opacities": opacities.tolist(), "colors": colors.tolist()}
-    lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in document.items())
-    return atomic_write(path, f"{{\n{lines}\n}}\n".encode())
-
-# %% ../nbs/00_gaussians.ipynb #file-array
-def _array(document: dict, key: str, shape: tuple[int, ...]) -> Tensor:
-    "One entry of a scene file as a float64 tensor of this shape with finite numbers, or a clear error."
-    try:
-        tensor = torch.tensor(document[key], dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"expected {key!r} as numbers of shape {shape}, got rows of different lengths or something else") from None
-    if 0 in shape and tensor.numel() == 0:
-        return tensor.reshape(shape)
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"expected {key!r} of shape {shape}, got {tuple(tensor.shape)}")
-    if not tensor.isfinite().all():
-        row = int((~tensor.isfinite()).reshape(shape[0], -1).any(1).nonzero()[0])
-        raise ValueError(f"expected finite numbers in {key!r}, got {document[key][row]} in row {row}")
-    return tensor
-
-# %% ../nbs/00_gaussians.ipynb #file-whole
-def _whole(document: dict, key: str, lowest: int) -> int | None:
-    "A whole number of a scene file, or None where it is absent or null."
-    value = document.get(key)
-    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= lowest):
-        return value
-    raise ValueError(f"expected a whole number of at least {lowest} for {key!r}, got {value!r}")
-
-# %% ../nbs/00_gaussians.ipynb #file-scene
-@dataclass(frozen=True)
-class SceneFile:
-    "What a scene file holds: the Gaussians, and how they are meant to be rendered."
-
-    scene: Gaussians2D
-    height: int | None  # pixels; None when the file does not say
-    width: int | None
-    blend: str  # "weighted", "additive" or "over"
-    background: tuple[float, ...]
-
-# %% ../nbs/00_gaussians.ipynb #file-parse
-def _parse_scene(document: dict) -> SceneFile:
-    "The scene in a JSON document; the flat keys suffice."
-    if not isinstance(document, dict):
-        raise ValueError(f"expected a JSON object, got a {type(document).__name__}")
-    kind = (document.get("format", "gs2d-scene"), document.get("version", 1))
-    if kind != ("gs2d-scene", 1):
-        raise ValueError(f"expected format 'gs2d-scene' version 1, got {kind[0]!r} version {kind[1]!r}")
-    required = ("x_dim", "y_dim", "N", "alphas", "centers", "sigmas", "thetas")
-    if missing := [key for key in required if document.get(key) is None]:
-        raise ValueError(f"expected the keys {', '.join(required)}; missing: {', '.join(missing)}")
-    flat, n = "colors" not in document, _whole(document, "N", 0)
-    ink = "alphas" if flat else "colors"
-    channels = len(document[ink][0]) if n and document[ink] and isinstance(document[ink][0], list) else 3
-    blend = document.get("blend", "additive" if flat else "weighted")
-    if blend not in ("weighted", "additive", "over"):
-        raise ValueError(f"expected 'weighted', 'additive' or 'over' for 'blend', got {blend!r}")
-    document = {"background": [0.0] * channels, "opacities": [1.0] * n, **document}
-    if flat:
-        document["opacities"] = [1.0] * n
-    scene = Gaussians2D.from_values(
-        _array(document, "centers", (n, 2)), _array(document, "sigmas", (n, 2)), _array(document, "thetas", (n,)),
-        _array(document, "opacities", (n,)), _array(document, ink, (n, channels)), Domain2D(document["x_dim"], document["y_dim"]))
-    background = tuple(_array(document, "background", (channels,)).tolist())
-    return SceneFile(scene, _whole(document, "res_y", 1), _whole(document, "res_x", 1), blend, background)
-
-# %% ../nbs/00_gaussians.ipynb #file-load
-def load_scene(
-    path: str | os.PathLike,  # scene JSON
-) -> SceneFile:
-    """Read a scene file, as `Gaussians2D.save` writes it or in the flat form.
-
-    The flat keys x_dim, y_dim, N, alphas (opacity × colour), centers, sigmas and thetas suffice: such a file is an
-    additive scene with opacity 1. Raises FileNotFoundError, or ValueError saying what was expected and what came.
-    """
-    try:
-        document = json.loads(Path(path).read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected a scene as JSON, got something else ({error})") from None
-    try:
-        return _parse_scene(document)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None

@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from .densify import DensifyConfig
-from .ground_truth import GroundTruth, save_picture, to_pil
+from .ground_truth import GroundTruth
 from .init_levels import InitLevel
+from .io.pictures import save_picture, to_pil
 from .loss import L1SSIMLoss
 from .renderer import Blend, overlay_outlines, project, rasterize, render
 from .train import CHANGEABLE, LRSchedule, TrainConfig, Trainer, TrainResult, make_trainer
@@ -480,8 +481,9 @@ def _path(live: "LiveTrainer", ending: str) -> Path:
 
 def _save_scene(live: "LiveTrainer") -> str:
     result, path = live.result(), _path(live, ".json")
-    truth = result.ground_truth
-    return f"Saved {result.scene.save(path, truth.height, truth.width, result.config.blend, truth.background)}"
+    scene, truth = result.scene.clone(), result.ground_truth
+    scene.blend, scene.background = result.config.blend, truth.background
+    return f"Saved {scene.save(path, truth.height, truth.width)}"
 
 
 def _save_image(live: "LiveTrainer") -> str:

@@ -28,9 +28,10 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from .densify import DensificationState, DensifyConfig, densify
-from .gaussians import PARAMETER_NAMES, Domain2D, Gaussians2D, atomic_write
+from .gaussians import PARAMETER_NAMES, Domain2D, Gaussians2D
 from .ground_truth import GroundTruth
 from .init_levels import InitLevel, initialize_scene
+from .io.files import atomic_write
 from .loss import L1SSIMLoss, l1_loss, l2_loss, psnr, ssim
 from .renderer import Blend, kernels_for, render
 

@@ -37,7 +37,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .gaussians import Gaussians2D
-from .ground_truth import load_picture, to_pil
+from .io.pictures import load_picture, to_pil
 from .loss import psnr
 from .renderer import overlay_outlines, render
 from .train import StepRecord, Trainer, TrainResult
