@@ -4,42 +4,28 @@
 
 # %% auto #0
 __all__ = ['PIXELS_PER_GAUSSIAN', 'STEPS_FOR_A_PHOTO', 'MAX_SIDE', 'FEWEST', 'MOST', 'LEARNING_RATE', 'LR_SCALE', 'MEANS_STEP',
-           'START_SHARE', 'GROWTH_ROUNDS', 'GROWTH_END', 'SCOUTS', 'SCOUT_LOSS', 'SLOPE', 'CLOSE', 'MS_SSIM_WEIGHTS',
-           'BENCH_COLUMNS', 'PICTURE_SUFFIXES', 'PUBLISHED', 'default_portrait', 'Quality', 'default_n_gaussians',
-           'fit_config', 'photo_target', 'straight_alpha', 'FitTrainer', 'fit_trainer', 'fit_image', 'TimedTrainer',
-           'reach_psnr', 'ms_ssim', 'metrics', 'comparison', 'save_results', 'visited_pairs', 'bench_row', 'mean_row',
-           'bench_table', 'bench', 'bench_csv', 'pictures_in', 'rate_quality']
+           'START_SHARE', 'GROWTH_ROUNDS', 'GROWTH_END', 'default_portrait', 'Quality', 'default_n_gaussians',
+           'fit_config', 'photo_target', 'fit_image']
 
 # %% ../nbs/10_fit_a_photo.ipynb #export-imports
-# A thin composition: fit_config chooses the settings, a Trainer does the work. Pictures of results are drawn on
-# matplotlib's Figure, never with pyplot, so that this module works in threads and without a display.
-import csv
-import io
-import json
+# A thin composition: fit_config chooses the settings, a Trainer does the work. There is no training loop here, and no trainer.
 import math
-import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
-from torch.nn import functional as F
 
-from . import __version__
-from .densify import DensifyConfig, DensifyStrategy
-from .gaussians import CUTOFF_POWER, Domain2D, Gaussians2D, draw_outlines
+from . import checks
+from .densify import ErrorGrowth
+from .gaussians import Blend, Domain2D
 from .ground_truth import GroundTruth
 from .init_levels import InitLevel
-from .io.files import atomic_write
-from .io.pictures import load_picture, save_picture
-from .loss import SSIM_WINDOW, l2_loss, ssim_factors
-from .renderer import Blend, project
-from .train import LRSchedule, StepRecord, TrainConfig, Trainer, TrainResult, make_trainer, run
+from .io.pictures import load_picture
+from .loss import l2_loss, named_loss
+from .search import fewest_gaussians
+from .train import Loss, LRSchedule, TrainConfig, TrainResult, make_trainer, run
 
 # %% ../nbs/10_fit_a_photo.ipynb #beat1-portrait
 def default_portrait() -> Path:
@@ -94,19 +80,16 @@ def _lr_scale(height: int, width: int, n_gaussians: int) -> dict[str, float]:
 # %% ../nbs/10_fit_a_photo.ipynb #beat4-real
 START_SHARE = 0.2  # of the Gaussians are there from the first step; the rest grows where the error is
 GROWTH_ROUNDS = 16
-GROWTH_END = 0.5  # the fraction of all steps after which nothing grows any more
+GROWTH_END = 0.5  # the fraction of the run after which nothing grows any more
 
 
-def _start_and_growth(n_gaussians: int, steps: int) -> tuple[int, DensifyConfig | None]:
-    "How many Gaussians to start with, and the rounds that multiply them by the same factor each time until all are there."
-    rounds = min(GROWTH_ROUNDS, int(GROWTH_END * steps))
-    start = math.ceil(START_SHARE * n_gaussians)
-    if rounds == 0 or start == n_gaussians:
-        return n_gaussians, None
-    factor = (n_gaussians / start) ** (1 / max(1, rounds - 1))  # one round to spare
-    return start, DensifyConfig(
-        every_n_steps=int(GROWTH_END * steps / rounds), max_gaussians=n_gaussians,
-        strategy=DensifyStrategy.ERROR, growth=factor - 1, stop_fraction=GROWTH_END)
+def _growth(n_gaussians: int, steps: int | None) -> ErrorGrowth | None:
+    "The rounds that multiply a fifth of the Gaussians by the same factor each time until all are there; None for a single step."
+    rounds = GROWTH_ROUNDS if steps is None else min(GROWTH_ROUNDS, int(GROWTH_END * steps))
+    if rounds == 0:
+        return None
+    factor = (n_gaussians / math.ceil(START_SHARE * n_gaussians)) ** (1 / max(1, rounds - 1))  # one round to spare
+    return ErrorGrowth(max_gaussians=n_gaussians, rounds=rounds, growth=factor - 1, start_share=START_SHARE, stop_fraction=GROWTH_END)
 
 # %% ../nbs/10_fit_a_photo.ipynb #beat5-config
 def fit_config(
@@ -115,25 +98,24 @@ def fit_config(
     n_gaussians: int | None = None,  # at the end; None: as `quality` says
     steps: int | None = None,  # None: as `quality` says
     seed: int = 0,
-    blend: Blend = Blend.WEIGHTED,
-    loss: Callable[[Tensor, Tensor], Tensor] = l2_loss,  # (image, target) -> scalar
+    blend: Blend | None = None,  # None: the ground truth's
+    loss: Loss | str = l2_loss,  # (image, target) -> scalar, or a name: "l2", "l1", "l1_ssim"
     device: str = "auto",
     quality: Quality | str = Quality.GOOD,
+    seconds: float | None = None,  # a time budget, instead of steps
 ) -> TrainConfig:
     """The configuration that `fit_image` trains with: read it, change it with `dataclasses.replace`, give it to `train`.
 
-    With another loss than `l2_loss`, `fit_trainer` makes the trainer that `fit_image` uses.
+    While the fit grows it minimises the squared error, and `loss` from then on.
     """
-    n_gaussians = default_n_gaussians(height, width, quality) if n_gaussians is None else n_gaussians
-    steps = STEPS_FOR_A_PHOTO[Quality(quality)] if steps is None else steps
-    for name, value in (("n_gaussians", n_gaussians), ("steps", steps)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
-    start, growth = _start_and_growth(n_gaussians, steps)
+    checks.image_size(height, width)
+    n_gaussians = default_n_gaussians(height, width, quality) if n_gaussians is None else checks.whole("n_gaussians", n_gaussians)
+    steps = STEPS_FOR_A_PHOTO[Quality(quality)] if steps is None else checks.whole("steps", steps)
     return TrainConfig(
-        n_gaussians=start, height=height, width=width, n_iterations=steps, lr=LEARNING_RATE,
+        n_gaussians=n_gaussians, height=height, width=width, n_iterations=steps, seconds=seconds, lr=LEARNING_RATE,
         lr_schedule=LRSchedule.COOLDOWN, lr_scale=_lr_scale(height, width, n_gaussians), init_level=InitLevel.CONTENT,
-        blend=blend, loss=loss, densify=growth, seed=seed, device=device)
+        blend=blend, loss=named_loss(loss), growing_loss=l2_loss, seed=seed, device=device,
+        densify=_growth(n_gaussians, None if seconds is not None else steps))
 
 # %% ../nbs/10_fit_a_photo.ipynb #beat5-target
 def photo_target(
@@ -152,59 +134,18 @@ def photo_target(
     domain = Domain2D.for_image(*black.shape[:2])
     return GroundTruth(torch.cat([black, covered], -1), None, domain, Blend(blend), (0.0, 0.0, 0.0, 0.0))
 
-
-def straight_alpha(
-    image: Tensor,  # (H, W, 4) alpha times colour, and alpha; an image of another number of channels is returned as it is
-) -> Tensor:  # (H, W, 4) colour and alpha, as picture files store them
-    "Undo the multiplication with alpha; where less than one grey level is covered, the colour is black."
-    if image.shape[-1] != 4:
-        return image
-    color, covered = image.clamp(0, 1).split([3, 1], -1)
-    color = (color / covered.clamp(min=1 / 255)).clamp(0, 1)
-    return torch.cat([torch.where(covered < 0.5 / 255, 0.0, color), covered], -1)
-
-# %% ../nbs/10_fit_a_photo.ipynb #beat5-trainer
-class FitTrainer(Trainer):
-    "A trainer that minimises the squared error while it may grow, and the loss of its configuration from then on."
-
-    def __init__(self, ground_truth: GroundTruth, scene: Gaussians2D, config: TrainConfig):
-        super().__init__(ground_truth, scene, config)
-        self._loss = config.loss
-
-    def step(self) -> StepRecord:
-        "One step, with the loss that is due."
-        growing = self.steps_done < GROWTH_END * self.config.n_iterations
-        self.update(loss=l2_loss if growing else self._loss)
-        return super().step()
-
-# %% ../nbs/10_fit_a_photo.ipynb #beat5-helpers
-def fit_trainer(
-    truth: GroundTruth,
-    config: TrainConfig,
-    seconds: float | None = None,  # None: as many steps as the configuration says
-) -> Trainer:
-    "The trainer behind `fit_image`, at its first step."
-    start = make_trainer(config, truth).scene
-    return FitTrainer(truth, start, config) if seconds is None else TimedTrainer(truth, start, config, seconds)
-
-
-def _one_of(**arguments) -> None:
-    given = [f"{name}={value!r}" for name, value in arguments.items() if value is not None]
-    if len(given) > 1 and given[0].startswith(next(iter(arguments))):
-        raise ValueError(f"expected only one of {', '.join(arguments)}, got {' and '.join(given)}")
-
 # %% ../nbs/10_fit_a_photo.ipynb #beat5-fit
 def fit_image(
-    picture,  # a path, an open file, a Pillow image, a numpy array or a torch tensor
+    picture,  # a path, an open file, a Pillow image, a numpy array, a torch tensor or a GroundTruth
     n_gaussians: int | None = None,  # at the end; None: as `quality` says
     steps: int | None = None,  # None: as `quality` says
     seed: int = 0,
     max_side: int | None = MAX_SIDE,  # pixels; a larger picture is shrunk to it, None keeps any size
-    blend: Blend = Blend.WEIGHTED,
-    loss: Callable[[Tensor, Tensor], Tensor] = l2_loss,  # (image, target) -> scalar; others take over at half of the steps
+    blend: Blend | str | None = None,  # None: WEIGHTED, or that of the GroundTruth
+    loss: Loss | str = l2_loss,  # or a name: "l2", "l1", "l1_ssim"; others than l2 take over at half of the run
     background: tuple[float, float, float] = (0.0, 0.0, 0.0),  # behind the Gaussians, and behind what is transparent
     progress: bool = True,  # a bar on stderr
-    device: str = "auto",  # "auto": CUDA, then MPS, then CPU
+    device: str = "auto",  # "auto": the one with the fastest kernels
     *,
     quality: Quality | str = Quality.GOOD,  # "draft", "good" or "best": see `Quality` for what they cost
     seconds: float | None = None,  # a time budget, instead of steps
@@ -214,342 +155,23 @@ def fit_image(
     """Fit Gaussians to a photograph, with defaults that suit one.
 
     The same arguments give the same bytes on the same machine's CPU, except with `seconds`. Ctrl-C, or the notebook's
-    interrupt button, ends it early with what was reached. `target_psnr` takes several fits, about four times as long.
+    interrupt button, ends it early with what was reached. `target_psnr` takes several fits. A GroundTruth is taken as it
+    is, whatever `max_side`, `background` and `alpha` say.
     Raises FileNotFoundError, TypeError or ValueError saying what was expected and what came.
     """
-    _one_of(seconds=seconds, steps=steps)
-    _one_of(target_psnr=target_psnr, n_gaussians=n_gaussians, seconds=seconds)
-    truth = photo_target(picture, max_side, background, blend, alpha)
+    checks.only_one(seconds=seconds, steps=steps)
+    checks.only_one(target_psnr=target_psnr, n_gaussians=n_gaussians, seconds=seconds)
+    known = isinstance(picture, GroundTruth)
+    truth = picture if known else photo_target(picture, max_side, background, blend or Blend.WEIGHTED, alpha)
+    options = dict(seed=seed, blend=blend, loss=loss, device=device, quality=quality)
 
-    def configure(n_gaussians, steps):
-        return fit_config(truth.height, truth.width, n_gaussians, steps, seed, truth.blend, loss, device, quality)
+    def fit(n_gaussians: int | None, steps: int | None, progress: bool = False) -> TrainResult:
+        config = fit_config(truth.height, truth.width, n_gaussians, steps, seconds=seconds, **options)
+        return run(make_trainer(config, ground_truth=truth), progress=progress)
 
-    config = configure(n_gaussians, steps)
-    if target_psnr is not None:
-        return reach_psnr(truth, target_psnr, configure, config.n_iterations, progress)
-    return run(fit_trainer(truth, config, seconds), progress)
-
-# %% ../nbs/10_fit_a_photo.ipynb #time-real
-class TimedTrainer(FitTrainer):
-    "A trainer that ends after so many seconds of steps: learning rate and growth follow the clock."
-
-    def __init__(
-        self,
-        ground_truth: GroundTruth,
-        scene: Gaussians2D,
-        config: TrainConfig,  # n_iterations gives way to the clock
-        seconds: float,  # of steps; the first one, which may load or compile kernels, is not counted
-    ):
-        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
-            raise ValueError(f"seconds: expected a finite number above 0, got {seconds!r}")
-        super().__init__(ground_truth, scene, config)
-        self.seconds, self.spent = seconds, 0.0
-        self._growth, self._rounds_done = config.densify, 0
-
-    def step(self) -> StepRecord:
-        "One step; then the time that is left decides how many there will be."
-        self.update(densify=self._round_due())
-        record = super().step()
-        self.spent += record.step_ms / 1000 if record.step else 0.0
-        done = self.spent / self.seconds
-        in_all = self.steps_done if done >= 1 else max(self.steps_done + 1, round(self.steps_done / max(done, 1e-4)))
-        self.update(n_iterations=in_all, densify=self._growth if done >= 1 else None)
-        return record
-
-    def _round_due(self) -> DensifyConfig | None:
-        "The round of growth that the clock asks for before this step ends, if any; missed ones are made up for."
-        rounds = min(GROWTH_ROUNDS, int(self.spent / self.seconds / GROWTH_END * GROWTH_ROUNDS))
-        if self._growth is None or rounds == self._rounds_done:
-            return None
-        missed, self._rounds_done = rounds - self._rounds_done, rounds
-        growth = (1 + self._growth.growth) ** missed - 1
-        return replace(self._growth, every_n_steps=1, stop_fraction=1.0, growth=growth)
-
-# %% ../nbs/10_fit_a_photo.ipynb #target-scouts
-SCOUTS = 3  # short fits, of an eighth of the steps (at least 100), that find the neighbourhood and the slope
-SCOUT_LOSS = 1.8  # decibels by which they usually fall short of a whole fit
-SLOPE = 3.0  # decibels for twice as many Gaussians, until two fits can tell
-
-
-def _fit_and_tell(truth: GroundTruth, config: TrainConfig, what: str, progress: bool) -> tuple[TrainResult, float]:
-    "A fit, and its PSNR; at most 100, since infinity has no slope."
-    result = run(fit_trainer(truth, config), False)
-    reached = min(result.psnr, 100.0)
-    if progress:
-        print(f"gs2d: {what} with {len(result.scene):,} Gaussians: {reached:.2f} dB", file=sys.stderr)
-    return result, reached
-
-
-def _slope(points: list[tuple[int, float]], n: int, reached: float, slope: float) -> float:
-    "Decibels for a doubling between the last point and (n, reached), which is added; the old slope where they are too close."
-    if points and abs(octaves := math.log2(n / points[-1][0])) > 0.1:
-        slope = min(max((reached - points[-1][1]) / octaves, SLOPE / 2), 2 * SLOPE)
-    points.append((n, reached))
-    return slope
-
-
-def _scout(truth, target_psnr, configure, steps, progress) -> tuple[int, float]:
-    "The number of Gaussians to begin with, and the decibels that doubling it brings."
-    most, slope = truth.height * truth.width, SLOPE
-    short = min(steps, max(100, steps // 8))
-    n, points = default_n_gaussians(truth.height, truth.width), []
-    for _ in range(SCOUTS):
-        result, reached = _fit_and_tell(truth, configure(n, short), "a short fit", progress)
-        if len(result.history) < result.config.n_iterations:
-            raise KeyboardInterrupt
-        slope = _slope(points, n, reached, slope)
-        n = min(max(1, round(n * 2 ** ((target_psnr - SCOUT_LOSS - reached) / slope))), most)
-    return n, slope
-
-# %% ../nbs/10_fit_a_photo.ipynb #target-real
-CLOSE = 0.2  # decibels above the target that are near enough: about 5 % of the Gaussians
-
-
-def reach_psnr(
-    truth: GroundTruth,
-    target_psnr: float,  # decibels, at most 100
-    configure: Callable[[int, int], TrainConfig],  # of a number of Gaussians and a number of steps
-    steps: int,  # of a whole fit
-    progress: bool = True,  # a line for each fit, on stderr
-) -> TrainResult:
-    "The fit that reaches the target with about the fewest Gaussians. ValueError if one for every pixel does not."
-    if isinstance(target_psnr, bool) or not isinstance(target_psnr, (int, float)) or not 0 < target_psnr <= 100:
-        raise ValueError(f"target_psnr: expected a number above 0, at most 100, got {target_psnr!r}")
-    n, slope = _scout(truth, target_psnr, configure, steps, progress)
-    low, high, best = 0, truth.height * truth.width + 1, None  # too few; enough, or more than there may be
-    points = []
-    while high - low > max(1, high // 100):
-        result, reached = _fit_and_tell(truth, configure(n, steps), "a whole fit", progress)
-        if len(result.history) < result.config.n_iterations:
-            return best or result  # interrupted
-        if reached < target_psnr:
-            low = n
-        else:
-            high, best = n, result
-            if reached <= target_psnr + CLOSE:
-                break
-        slope = _slope(points, n, reached, slope)
-        n = round(n * 2 ** ((target_psnr + CLOSE / 2 - reached) / slope))
-        n = min(max(n, low + 1), high - 1)
-    if best is None:
-        raise ValueError(f"target_psnr: expected at most {reached:.1f} dB, which {low:,} Gaussians reach here, got {target_psnr}")
-    return best
-
-# %% ../nbs/10_fit_a_photo.ipynb #score-real
-MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of the five scales, finest first (Wang et al. 2003)
-
-
-def ms_ssim(
-    image: Tensor,  # (H, W, C), clamped to [0, 1] here
-    target: Tensor,  # (H, W, C)
-) -> float | None:  # at most 1; None where the shorter side has less than 176 pixels, too few for five scales
-    "Multi-scale structural similarity (Wang et al. 2003): a score, computed in float64 on the CPU."
-    x, y = (picture.detach().cpu().double().clamp(0, 1) for picture in (image, target))
-    if min(x.shape[:2]) < SSIM_WINDOW * 16:
-        return None
-    score = torch.ones(x.shape[2], dtype=x.dtype)
-    for scale, weight in enumerate(MS_SSIM_WEIGHTS):
-        luminance, similarity = ssim_factors(x, y)
-        if scale == len(MS_SSIM_WEIGHTS) - 1:
-            similarity = luminance * similarity
-        else:
-            x, y = (F.avg_pool2d(image.permute(2, 0, 1), 2).permute(1, 2, 0) for image in (x, y))
-        score = score * similarity.mean((0, 1)).clamp(min=0) ** weight
-    return score.mean().item()
-
-# %% ../nbs/10_fit_a_photo.ipynb #save-metrics
-def metrics(result: TrainResult) -> dict:
-    "What to write down about a run, as plain values. A score that is infinite or not a number becomes None: JSON has neither."
-    target = result.ground_truth.image.to(result.image)
-    scores = {"psnr": result.psnr, "ssim": result.ssim, "ms_ssim": ms_ssim(result.image, target)}
-    scores["loss"] = result.config.loss(result.image, target).item()
-    scores = {name: value if value is not None and math.isfinite(value) else None for name, value in scores.items()}
-    truth, config, timing = result.ground_truth, result.config, result.timing
-    return scores | dict(
-        n_gaussians=len(result.scene), steps=len(result.history), seconds=timing.total_s, steps_per_sec=timing.steps_per_sec,
-        height=truth.height, width=truth.width, blend=config.blend.value, device=str(result.scene.device), seed=config.seed,
-        version=__version__)
-
-# %% ../nbs/10_fit_a_photo.ipynb #save-comparison
-def _on_paper(image: Tensor) -> Tensor:
-    "(H, W, 3) in [0, 1], to look at: what is transparent lies on a grey chequerboard."
-    image = image.detach().cpu().clamp(0, 1)
-    if image.shape[-1] != 4:
-        return image
-    rows, columns = torch.meshgrid(*(torch.arange(size) // 8 for size in image.shape[:2]), indexing="ij")
-    paper = 0.75 + 0.15 * ((rows + columns) % 2)[..., None]
-    return (image[..., :3] + (1 - image[..., 3:]) * paper).clamp(0, 1)
-
-
-def comparison(
-    result: TrainResult,
-) -> "matplotlib.figure.Figure":  # noqa: F821
-    "The target, the render, the error with a colour bar, and the outlines at 2σ, side by side."
-    from matplotlib.figure import Figure
-
-    truth = result.ground_truth
-    target, image = (picture.detach().cpu().clamp(0, 1) for picture in (truth.image, result.image))
-    error = (image - target).square().mean(-1).sqrt().numpy()
-    aspect = min(max(truth.width / truth.height, 0.2), 8)  # of one panel; a longer strip than that leaves room around it
-    rows, columns = (1, 4) if aspect < 1.2 else (2, 2) if aspect < 3 else (4, 1)
-    width = 3.2 * columns if rows == 1 else 10
-    figure = Figure(figsize=(width, 0.4 + rows * (width / columns / aspect + 0.3)), dpi=110, layout="constrained")
-    axes = figure.subplots(rows, columns).ravel()
-    score = f"{len(result.scene):,} Gaussians: {result.psnr:.2f} dB, SSIM {result.ssim:.4f}"
-    axes[0].imshow(_on_paper(target).numpy())
-    axes[1].imshow(_on_paper(image).numpy())
-    top = max(float(np.quantile(error, 0.998)), 1 / 255)
-    figure.colorbar(axes[2].imshow(error, cmap="magma", vmin=0, vmax=top), ax=axes[2], extend="max", shrink=0.8)
-    draw_outlines(result.scene, axes[3], color="black", linewidths=min(0.8, 25 / math.sqrt(len(result.scene))))
-    for ax, title in zip(axes, ("target", score, "error (root mean square)", "outlines at 2σ")):
-        ax.set(xticks=[], yticks=[])
-        ax.set_title(title, fontsize=9)
-    return figure
-
-# %% ../nbs/10_fit_a_photo.ipynb #save-results
-def _png(figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
-
-
-def _csv(columns: Iterable[str], rows: Iterable[Iterable]) -> bytes:
-    "A table, one line a row; the shortest decimals that read back as the same numbers."
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(columns)
-    table.writerows(rows)
-    return text.getvalue().encode()
-
-# %% ../nbs/10_fit_a_photo.ipynb #save-folder
-def save_results(
-    result: TrainResult,
-    folder: str | os.PathLike,  # made if it does not exist; files of the same names are replaced
-) -> Path:
-    "Write scene.json, metrics.json, history.csv, render.png, target.png and comparison.png, each of them whole or not at all."
-    folder, truth = Path(folder), result.ground_truth
-    folder.mkdir(parents=True, exist_ok=True)
-    scene = result.scene.clone()
-    scene.blend, scene.background = result.config.blend, truth.background
-    scene.save(folder / "scene.json", truth.height, truth.width)
-    atomic_write(folder / "metrics.json", (json.dumps(metrics(result), indent=1, allow_nan=False) + "\n").encode())
-    atomic_write(folder / "history.csv", _csv(StepRecord._fields, result.history))
-    save_picture(straight_alpha(result.image), folder / "render.png")
-    save_picture(straight_alpha(truth.image), folder / "target.png")
-    atomic_write(folder / "comparison.png", _png(comparison(result)))
-    return folder
-
-# %% ../nbs/10_fit_a_photo.ipynb #bench-pairs
-def visited_pairs(
-    scene: Gaussians2D,
-    height: int,  # pixels
-    width: int,  # pixels
-) -> int:
-    "How many pixel–Gaussian pairs lie within the cut-off: the work of one step. Counted row by row, exactly, in float64."
-    means, shapes = (tensor.detach().cpu().double() for tensor in project(scene, height, width)[:2])
-    (mx, my), (a, b, c) = means.T, shapes.T
-    reach = (CUTOFF_POWER * a / (a * c - b * b)).sqrt()
-    first, last = (my - reach - 0.5).ceil().clamp(0, height), (my + reach - 0.5).floor().clamp(-1, height - 1)
-    rows = (last - first + 1).clamp(min=0).nan_to_num(0).long()
-    which = torch.repeat_interleave(torch.arange(len(rows)), rows)
-    row = torch.arange(len(which)) - (rows.cumsum(0) - rows)[which] + first[which]
-    dy, a, b, c, mx = row + 0.5 - my[which], a[which], b[which], c[which], mx[which]
-    half = ((b * dy) ** 2 - a * (c * dy**2 - CUTOFF_POWER)).clamp(min=0).sqrt() / a
-    left, right = (mx - b / a * dy - half - 0.5).ceil().clamp(min=0), (mx - b / a * dy + half - 0.5).floor().clamp(max=width - 1)
-    return int((right - left + 1).clamp(min=0).sum())
-
-# %% ../nbs/10_fit_a_photo.ipynb #bench-real
-BENCH_COLUMNS = ("picture", "n_gaussians", "psnr", "ssim", "ms_ssim", "seconds", "steps", "pairs", "seed")
-
-
-def bench_row(
-    name: str,  # what to call the picture
-    result: TrainResult,
-) -> dict:  # BENCH_COLUMNS -> value
-    "One line of a benchmark: scores, and what they cost."
-    row = metrics(result) | dict(picture=name, pairs=visited_pairs(result.scene, *result.ground_truth.image.shape[:2]))
-    return {column: row[column] for column in BENCH_COLUMNS}
-
-
-def mean_row(rows: Sequence[dict], name: str = "mean") -> dict:
-    "The mean of every column with numbers; None where one is missing."
-    def mean(values):
-        return None if None in values else math.fsum(values) / len(values)
-
-    return {"picture": name} | {column: mean([row[column] for row in rows]) for column in BENCH_COLUMNS[1:]}
-
-
-def bench_table(rows: Sequence[dict]) -> str:
-    "The rows for people, with aligned columns."
-    formats = dict(picture="", n_gaussians=",.0f", psnr=".2f", ssim=".4f", ms_ssim=".4f", seconds=".1f", steps=",.0f", pairs=",.0f", seed=".0f")
-    lines = [BENCH_COLUMNS] + [["-" if row[c] is None else format(row[c], formats[c]) for c in BENCH_COLUMNS] for row in rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(BENCH_COLUMNS))]
-    padded = ([text.rjust(width) for text, width in zip(line, widths)] for line in lines)
-    return "\n".join("  ".join(line) for line in padded)
-
-
-def bench(
-    pictures: Iterable[str | os.PathLike],
-    numbers: Iterable[int | None] = (None,),  # of Gaussians; None: one for every 40 pixels, or as `quality` says
-    **options,  # for `fit_image`
-) -> Iterator[dict]:
-    "Fit every picture with every number of Gaussians: a row for each fit as it ends, and the mean after each number."
-    pictures = list(pictures)
-    for n_gaussians in numbers:
-        rows = []
-        for path in pictures:
-            result = fit_image(path, n_gaussians, **{"progress": False} | options)
-            if len(result.history) < result.config.n_iterations:
-                raise KeyboardInterrupt
-            rows.append(bench_row(Path(path).stem, result))
-            yield rows[-1]
-        yield mean_row(rows)
-
-
-def bench_csv(rows: Sequence[dict]) -> bytes:
-    "The rows as a file for a spreadsheet."
-    return _csv(BENCH_COLUMNS, ([row[column] for column in BENCH_COLUMNS] for row in rows))
-
-# %% ../nbs/10_fit_a_photo.ipynb #bench-folder
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
-
-
-def pictures_in(folder: Path) -> list[Path]:
-    "The picture files in a folder, by name. ValueError where there is no folder, or none in it."
-    if not folder.is_dir():
-        raise ValueError(f"expected a folder with pictures, got {folder}")
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)
-    if not found:
-        raise ValueError(f"{folder}: expected pictures ({', '.join(PICTURE_SUFFIXES)}), got none")
-    return found
-
-# %% ../nbs/10_fit_a_photo.ipynb #bench-figure
-PUBLISHED = {  # mean PSNR over all 24 Kodak pictures, from the papers: (Gaussians, decibels)
-    "GaussianImage, 24": ((5_000, 29.85), (10_000, 32.48), (30_000, 38.57), (70_000, 44.08)),
-    "GaussianImage++, 24": ((5_000, 31.83), (10_000, 35.41)),
-    "Structure-Guided, 24": ((30_000, 40.51), (70_000, 45.40)),
-    "Image-GS, 24": ((50_000, 39.04),),
-    "Instant-GI, 24": ((50_000, 41.41),),
-}
-
-
-def rate_quality(
-    curves: dict[str, Sequence[tuple[int, float]]],  # name -> (Gaussians, decibels); the first one is drawn boldly
-    title: str = "More Gaussians, more decibels",
-) -> "matplotlib.figure.Figure":  # noqa: F821
-    "PSNR against the number of Gaussians, on a logarithmic axis."
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
-    figure = Figure(figsize=(6, 3.2), dpi=80, layout="constrained")
-    ax = figure.subplots()
-    for k, (name, points) in enumerate(curves.items()):
-        numbers, scores = zip(*sorted(points))
-        style = dict(linewidth=2.5, zorder=3) if k == 0 else dict(linewidth=1, linestyle="--", marker="os^Dv"[k % 5], markersize=4)
-        ax.semilogx(numbers, scores, **{"marker": "o", **style}, label=name)
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.set(xlabel="Gaussians", ylabel="PSNR, dB", title=title)
-    ax.legend(fontsize=8, frameon=False)
-    return figure
+    if target_psnr is None:
+        return fit(n_gaussians, steps, progress)
+    steps = fit_config(truth.height, truth.width, None, steps, **options).n_iterations
+    first, most = default_n_gaussians(truth.height, truth.width), truth.height * truth.width
+    tell = (lambda line: print(f"gs2d: {line}", file=sys.stderr)) if progress else lambda line: None
+    return fewest_gaussians(fit, target_psnr, steps, first, most, tell)

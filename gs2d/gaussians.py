@@ -222,6 +222,11 @@ class Gaussians2D(nn.Module):
         """
         return gradients / self._half_extents()
 
+    @property
+    def extent(self) -> float:
+        "The longer side of the domain, domain units."
+        return max(self.domain.width, self.domain.height)
+
     def _half_extents(self) -> Tensor:
         return torch.tensor([self.domain.width / 2, self.domain.height / 2], dtype=self.means.dtype, device=self.device)
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .gaussians import PARAMETER_NAMES, Domain2D, Gaussians2D
+from . import checks
+from .gaussians import Blend, Domain2D, Gaussians2D
 from .ground_truth import GroundTruth
-from .renderer import Blend
 
 # %% ../nbs/03_init_levels.ipynb #levels
 class InitLevel(str, Enum):
@@ -72,10 +72,10 @@ def _fresh(ground_truth: GroundTruth, means: Tensor, generator: torch.Generator)
 # %% ../nbs/03_init_levels.ipynb #beat3-real
 def _noisy(truth: Gaussians2D, generator: torch.Generator) -> Gaussians2D:
     "The truth with Gaussian noise of the standard deviations NOISE added to every parameter."
-    raw = {name: getattr(truth, name).detach().cpu() for name in PARAMETER_NAMES}
+    raw = {name: value.detach().cpu() for name, value in truth.named_parameters()}
     noise = {name: _normal(value.shape, NOISE[name], generator) for name, value in raw.items()}
     noise["means"] = noise["means"] * raw["log_scales"].mean(1, keepdim=True).exp()
-    return Gaussians2D(*(raw[name] + noise[name] for name in PARAMETER_NAMES), truth.domain)
+    return Gaussians2D(**{name: value + noise[name] for name, value in raw.items()}, domain=truth.domain)
 
 # %% ../nbs/03_init_levels.ipynb #beat4-density
 def picture_gradient(
@@ -157,9 +157,7 @@ def _number(ground_truth: GroundTruth, level: InitLevel, n_gaussians: int | None
         raise ValueError(f"level {level.value!r} needs a known scene, got a picture; expected 'content' or 'random'")
     if n_gaussians is None and known is None:
         raise ValueError("n_gaussians: expected a number of Gaussians for a picture, got None")
-    n = known if n_gaussians is None else n_gaussians
-    if n < 1:
-        raise ValueError(f"n_gaussians: expected at least 1, got {n}")
+    n = checks.whole("n_gaussians", known if n_gaussians is None else n_gaussians)
     if level in _NEED_A_SCENE and n != known:
         raise ValueError(f"n_gaussians: expected the truth's own {known} for level {level.value!r}, got {n}")
     return n
@@ -176,11 +174,8 @@ def initialize_scene(
     EXACT, NOISY and POSITIONS_ONLY need a ground truth with a known scene, and keep its number of Gaussians and
     their order. RANDOM and CONTENT take any number. The same seed gives the same bytes.
     """
-    names = [member.value for member in InitLevel]
-    if level not in names:
-        raise ValueError(f"level: expected one of {', '.join(names)}, got {level!r}")
-    level = InitLevel(level)
-    n, generator = _number(ground_truth, level, n_gaussians), torch.Generator().manual_seed(seed)
+    level = checks.member("level", level, InitLevel)
+    n, generator = _number(ground_truth, level, n_gaussians), torch.Generator().manual_seed(checks.seed(seed))
     if level == InitLevel.EXACT:
         scene = ground_truth.scene.clone()
     elif level == InitLevel.NOISY:
@@ -191,6 +186,7 @@ def initialize_scene(
         scene = _fresh(ground_truth, _uniform_positions(n, ground_truth.domain, generator), generator)
     else:
         scene = _from_content(ground_truth, n, generator)
+    scene.blend, scene.background = ground_truth.blend, ground_truth.background
     return scene.to(ground_truth.image.device)
 
 # %% ../nbs/03_init_levels.ipynb #beat6-real
@@ -205,9 +201,9 @@ def parameter_error(
     n = len(truth)
     if len(scene) != n or n < 1:
         raise ValueError(f"expected two scenes of one number of Gaussians, at least 1, got {len(scene)} and {n}")
-    values = [{name: getattr(s, name).detach().cpu().double() for name in PARAMETER_NAMES} for s in (scene, truth)]
+    values = [{name: value.detach().cpu().double() for name, value in s.named_parameters()} for s in (scene, truth)]
     ours, theirs = values
-    off = {name: ours[name] - theirs[name] for name in PARAMETER_NAMES}
+    off = {name: ours[name] - theirs[name] for name in theirs}
     turn = torch.stack([off["rotations"], off["rotations"] + math.pi / 2])
     turn = torch.remainder(turn + math.pi / 2, math.pi) - math.pi / 2
     size = torch.stack([off["log_scales"], ours["log_scales"].flip(1) - theirs["log_scales"]])

@@ -180,11 +180,13 @@ def render(
     scene: Gaussians2D,
     height: int,  # pixels
     width: int,  # pixels
-    blend: Blend | str = Blend.WEIGHTED,
-    background: tuple[float, ...] | Tensor = (0.0, 0.0, 0.0),  # (C,) the colour where no Gaussian reaches
+    blend: Blend | str | None = None,  # None: the scene's own
+    background: tuple[float, ...] | Tensor | None = None,  # (C,) the colour where no Gaussian reaches; None: the scene's own
     backend: str = "auto",  # or "reference"
 ) -> Tensor:  # (H, W, C), not clamped
     "The picture of a scene at any size: `rasterize(project(scene, height, width), height, width, …)`."
+    blend = scene.blend if blend is None else blend
+    background = scene.background if background is None else background
     return rasterize(project(scene, height, width), height, width, blend, background, backend)
 
 # %% ../nbs/01_renderer.ipynb #overlay-real
