@@ -152,8 +152,9 @@ class Gaussians2D(nn.Module):
         background: tuple[float, ...] | None = None,  # C numbers, the colour where no Gaussian reaches; None is 0
     ):
         super().__init__()
-        raw = dict(means=means, log_scales=log_scales, rotations=rotations, opacity_logits=opacity_logits, colors=colors)
-        for name, tensor in _checked(**raw).items():
+        raw = _checked(
+            means=means, log_scales=log_scales, rotations=rotations, opacity_logits=opacity_logits, colors=colors)
+        for name, tensor in raw.items():
             self.register_parameter(name, nn.Parameter(tensor.detach().clone().contiguous()))
         self.domain, self.blend = domain, checks.member("blend", blend, Blend)
         self.background = checks.background(background, self.colors.shape[1])

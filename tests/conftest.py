@@ -1,10 +1,28 @@
-"""What all tests share: no display, and the same examples in every run."""
+"""What all tests share: no display, the same examples in every run, and a scene and a picture to try things on."""
 import os
 
 import hypothesis
+import numpy as np
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 # Compiling a kernel takes seconds, so no deadline for an example; and what passes today must not fail tomorrow by chance.
 hypothesis.settings.register_profile("gs2d", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("gs2d")
+
+from gs2d.gaussians import Domain2D, Gaussians2D  # noqa: E402  (after the environment above)
+
+import torch  # noqa: E402  isort: skip  (after gs2d, which says how OpenMP's threads wait)
+
+
+def make_scene(n=7, seed=0, domain=Domain2D(), channels=3, **look):
+    "A scene of n random Gaussians."
+    g = torch.Generator().manual_seed(seed)
+    return Gaussians2D(
+        4 * torch.randn(n, 2, generator=g), torch.randn(n, 2, generator=g), 3 * torch.randn(n, generator=g),
+        2 * torch.randn(n, generator=g), torch.randn(n, channels, generator=g), domain, **look)
+
+
+def colors(height=6, width=8, channels=3, seed=0):
+    "A random picture of 8 bits."
+    return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)

@@ -59,10 +59,10 @@ def picture(path="photo.png", size=(20, 16)):
     return Path(path)
 
 
-def scene(path="scene.json", n=3, domain=Domain2D((-5, 5), (-2.5, 2.5)), **extra):
+def scene(path="scene.json", n=3, domain=Domain2D((-5, 5), (-2.5, 2.5)), height=None, width=None, **look):
     values = torch.rand(n, 9, generator=torch.Generator().manual_seed(0))
-    made = Gaussians2D.from_values(values[:, :2], 0.5 + values[:, 2:4], values[:, 4], values[:, 5], values[:, 6:], domain)
-    made.save(path, **extra)
+    made = Gaussians2D.from_values(values[:, :2], 0.5 + values[:, 2:4], values[:, 4], values[:, 5], values[:, 6:], domain, **look)
+    made.save(path, height, width)
     return Path(path)
 
 

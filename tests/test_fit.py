@@ -17,9 +17,10 @@ from gs2d.densify import DensifyStrategy
 from gs2d.fit import (
     bench, bench_csv, bench_table, comparison, default_n_gaussians, default_portrait, fit_config, fit_image, metrics, ms_ssim, photo_target,
     rate_quality, reach_psnr, save_results, straight_alpha, visited_pairs)
-from gs2d.gaussians import PARAMETER_NAMES, gaussian_weights, load_scene
+from gs2d.gaussians import PARAMETER_NAMES, Gaussians2D, gaussian_weights
 from gs2d.ground_truth import GroundTruth
 from gs2d.init_levels import InitLevel
+from gs2d.io.scenes import read_scene
 from gs2d.loss import L1SSIMLoss, l2_loss
 from gs2d.renderer import Blend, pixel_centers, project, render
 from gs2d.train import TrainConfig, Trainer, train
@@ -296,9 +297,9 @@ def test_transparency_is_fitted(blend, tmp_path):
     result = fit_image(see_through(), n_gaussians=60, steps=150, blend=blend, alpha=True, progress=False, device="cpu")
     assert result.scene.colors.shape == (60, 4) and result.image.shape[-1] == 4 and result.psnr > 25
     save_results(result, tmp_path)
-    kept = load_scene(tmp_path / "scene.json")
+    kept = Gaussians2D.load(tmp_path / "scene.json")
     with torch.no_grad():
-        assert torch.equal(render(kept.scene, 24, 32, kept.blend, kept.background), result.image)
+        assert torch.equal(render(kept, 24, 32, kept.blend, kept.background), result.image)
     for name in ("render.png", "target.png"):
         picture = Image.open(tmp_path / name)
         assert picture.mode == "RGBA" and picture.getpixel((0, 0))[3] < 40 and picture.getpixel((16, 12))[3] > 215
@@ -411,10 +412,10 @@ def test_six_files_that_read_back(result, tmp_path):
     folder = tmp_path / "new" / "deep"
     assert save_results(result, folder) == folder
     assert sorted(path.name for path in folder.iterdir()) == NAMES  # and no temporary file
-    kept = load_scene(folder / "scene.json")
+    kept = read_scene(folder / "scene.json")
     assert (kept.height, kept.width, kept.blend, kept.background) == (20, 26, "weighted", (0.0, 0.0, 0.0))
     with torch.no_grad():
-        assert torch.equal(render(kept.scene, 20, 26, kept.blend), result.image)
+        assert torch.equal(render(Gaussians2D.from_record(kept), 20, 26, kept.blend), result.image)
     for name in ("render.png", "target.png"):
         assert Image.open(folder / name).size == (26, 20)
     rows = list(csv.reader((folder / "history.csv").open()))

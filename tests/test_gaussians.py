@@ -1,27 +1,14 @@
-"""Gaussians and scene files: shapes, activations, errors, and round trips bit for bit."""
+"""Gaussians: shapes, activations, errors, and how a scene is meant to look."""
 
-import json
 import math
 
 import pytest
 import torch
+from conftest import make_scene
 from torch.testing import assert_close
 
 from gs2d.gaussians import (
-    CUTOFF_POWER, CUTOFF_STD, PARAMETER_NAMES, Domain2D, Gaussians2D, atomic_write, conics, covariances, gaussian_weights, load_scene)
-from gs2d.renderer import Blend, render
-
-FLAT = {
-    "x_dim": [-5, 5], "y_dim": [-3, 3], "res_x": 100, "res_y": 60, "N": 2, "dims": 2,
-    "alphas": [[0.9, 0.5, 0.1], [-0.1, 0.2, 0.3]], "centers": [[0, 1.5], [1, -1]], "sigmas": [[2, 0.4], [1, 1]], "thetas": [0.1, 0],
-}
-
-
-def make_scene(n=7, seed=0, domain=Domain2D()):
-    g = torch.Generator().manual_seed(seed)
-    return Gaussians2D(
-        4 * torch.randn(n, 2, generator=g), torch.randn(n, 2, generator=g), 3 * torch.randn(n, generator=g),
-        2 * torch.randn(n, generator=g), torch.randn(n, 3, generator=g), domain)
+    CUTOFF_POWER, CUTOFF_STD, PARAMETER_NAMES, Blend, Domain2D, Gaussians2D, conics, covariances, gaussian_weights)
 
 
 def test_weight_is_one_at_the_centre_and_zero_beyond_the_cutoff():
@@ -88,84 +75,41 @@ def test_it_shows_itself_whatever_its_size():
 
 
 @pytest.mark.parametrize("blend", list(Blend))
-def test_saved_scene_renders_the_same_bytes(tmp_path, blend):
-    scene = make_scene(40, domain=Domain2D.for_image(30, 50))
-    path = scene.save(tmp_path / "scene.json", height=30, width=50, blend=blend, background=(0.1, 0.2, 0.3))
-    file = load_scene(path)
-    assert (file.height, file.width, file.blend, file.background) == (30, 50, blend.value, (0.1, 0.2, 0.3))
-    assert file.scene.domain == scene.domain
-    for name in PARAMETER_NAMES:
-        assert torch.equal(getattr(scene, name), getattr(file.scene, name)), name
-    assert torch.equal(render(scene, 30, 50, blend), render(Gaussians2D.load(path), 30, 50, blend))
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_a_scene_carries_its_look(blend, channels):
+    plain, background = make_scene(3, channels=channels), tuple(0.1 * k for k in range(channels))
+    assert plain.blend is Blend.WEIGHTED and plain.background == (0.0,) * channels
+    scene = make_scene(3, channels=channels, blend=blend.value, background=background)
+    for one in (scene, scene.clone(), Gaussians2D.from_record(scene.record())):
+        assert one.blend is blend and one.background == background
+        assert f"{blend.value}" in repr(one)
+    assert " on " not in repr(plain)
 
 
-def test_extreme_opacities_render_the_same_after_the_round_trip(tmp_path):
-    scene = make_scene(6)
-    with torch.no_grad():
-        scene.opacity_logits.copy_(torch.tensor([-200.0, -90, -20, 18, 30, 200]))
-    again = Gaussians2D.load(scene.save(tmp_path / "scene.json"))
-    assert torch.equal(scene.opacities, again.opacities)
-    assert torch.equal(render(scene, 9, 9), render(again, 9, 9))
+@pytest.mark.parametrize("look, words", [
+    (dict(blend="foo"), "blend: expected one of .* got 'foo'"), (dict(background=(0, 0)), "background: expected 3 finite numbers"),
+    (dict(background=(0, 0, math.nan)), "background: expected"), (dict(background="white"), "background: expected")])
+def test_a_look_that_does_not_fit_is_refused(look, words):
+    values = ([[0, 0]], [[1, 1]], [0], [1], [[1, 1, 1]])
+    for make in (lambda: make_scene(3, **look), lambda: Gaussians2D.from_values(*values, **look)):
+        with pytest.raises(ValueError, match=words):
+            make()
 
 
-def test_empty_scene_survives_the_round_trip(tmp_path):
-    again = load_scene(make_scene(0).save(tmp_path / "empty.json"))
-    assert len(again.scene) == 0 and again.scene.colors.shape == (0, 3)
+def test_axes_are_the_root_of_the_covariance():
+    scene = make_scene(20).double()
+    axes = scene.axes()
+    assert_close(axes @ axes.mT, covariances(scene.scales, scene.rotations))
+    assert_close(axes.norm(dim=1), scene.scales)  # the columns are as long as one standard deviation
 
 
-def test_flat_file_is_an_additive_scene_with_y_up(tmp_path):
-    path = tmp_path / "flat.json"
-    path.write_text(json.dumps(FLAT))
-    file = load_scene(path)
-    assert file.blend == "additive" and (file.height, file.width) == (60, 100)
-    assert torch.equal(file.scene.opacities, torch.ones(2))
-    assert_close(file.scene.colors.detach(), torch.tensor(FLAT["alphas"]))
-    image = render(file.scene, file.height, file.width, file.blend)
-    assert image[:30].sum() > 3 * image[30:].sum()  # the strong one is at y = +1.5: in the upper half
-
-
-def test_saved_file_has_the_documented_keys(tmp_path):
-    document = json.loads(make_scene(2).save(tmp_path / "s.json", height=4, width=8).read_text())
-    assert set(document) == set(FLAT) | {"format", "version", "blend", "background", "opacities", "colors"}
-    assert (document["res_x"], document["res_y"], document["N"]) == (8, 4, 2)
-
-
-@pytest.mark.parametrize("change, message", [
-    ({"thetas": [0.1]}, "'thetas' of shape"), ({"centers": [[0, 1], [1]]}, "'centers'"), ({"sigmas": [[1, math.nan], [1, 1]]}, "row 0"),
-    ({"centers": [[0, 0], [math.inf, 0]]}, "row 1"), ({"N": 3}, "N is|shape"), ({"N": "two"}, "'N'"), ({"N": -1}, "'N'"), ({"N": None}, "N"),
-    ({"alphas": None}, "alphas"), ({"sigmas": [[0, 1], [1, 1]]}, "scales"), ({"opacities": [0.5, 1.5], "colors": [[1, 1, 1]] * 2}, "opacities"),
-    ({"blend": "multiply"}, "blend"), ({"format": "other"}, "format"), ({"version": 99}, "version"), ({"x_dim": [5, -5]}, "x_dim"), ({"res_x": 0}, "res_x"),
-    ({"alphas": "red"}, "alphas"), ({"background": [1]}, "background")])
-def test_broken_scene_files_are_refused_with_their_name(tmp_path, change, message):
-    path = tmp_path / "broken.json"
-    path.write_text(json.dumps({**FLAT, **change}))
-    with pytest.raises(ValueError, match=message) as caught:
-        load_scene(path)
-    assert str(path) in str(caught.value) and "expected" in str(caught.value)
-
-
-@pytest.mark.parametrize("text", ["", "{", "[1, 2]", "\x00\xff", "3"])
-def test_files_that_are_no_scene(tmp_path, text):
-    path = tmp_path / "no.json"
-    path.write_bytes(text.encode("latin-1"))
-    with pytest.raises(ValueError, match="expected a"):
-        load_scene(path)
-
-
-def test_saving_nan_is_refused_and_loses_nothing(tmp_path):
-    scene, path = make_scene(2), tmp_path / "s.json"
-    before = scene.save(path).read_bytes()
-    with torch.no_grad():
-        scene.colors[0, 0] = math.nan
-    with pytest.raises(ValueError, match="colors: expected finite"):
-        scene.save(path)
-    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
-
-
-def test_atomic_write_leaves_no_half_file(tmp_path):
-    path = atomic_write(tmp_path / "a", b"one")
-    with pytest.raises(TypeError):
-        atomic_write(path, "not bytes")
-    assert path.read_bytes() == b"one" and list(tmp_path.iterdir()) == [path]
-    with pytest.raises(FileNotFoundError, match="existing folder"):
-        atomic_write(tmp_path / "missing" / "a", b"")
+def test_gradients_in_normalised_device_coordinates():
+    scene = make_scene(4, domain=Domain2D((-5, 5), (0, 40))).double()
+    assert scene.ndc_gradient() is None
+    middle, half = torch.tensor([0.0, 20.0]), torch.tensor([5.0, 20.0])
+    loss = lambda means: (means.sin() * torch.arange(8.0).reshape(4, 2)).sum()
+    loss(scene.means).backward()
+    ndc = ((scene.means.detach() - middle) / half).requires_grad_()
+    loss(ndc * half + middle).backward()
+    assert_close(scene.ndc_gradient(), ndc.grad)
+    assert_close(scene.ndc_directions(scene.ndc_gradient()), scene.means.grad)

@@ -16,7 +16,8 @@ from PIL import Image
 
 from gs2d import video
 from gs2d.gaussians import PARAMETER_NAMES, Gaussians2D
-from gs2d.ground_truth import GroundTruth, to_pil
+from gs2d.ground_truth import GroundTruth
+from gs2d.io.pictures import to_pil
 from gs2d.init_levels import initialize_scene
 from gs2d.loss import psnr
 from gs2d.renderer import render

@@ -83,7 +83,8 @@ def _array(document: dict, key: str, shape: tuple[int, ...]) -> Tensor:
     try:
         tensor = torch.tensor(document[key], dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"expected {key!r} as numbers of shape {shape}, got rows of different lengths or something else") from None
+        got = "rows of different lengths or something else"
+        raise ValueError(f"expected {key!r} as numbers of shape {shape}, got {got}") from None
     if 0 in shape and tensor.numel() == 0:
         return tensor.reshape(shape)
     if tuple(tensor.shape) != shape:
