@@ -6,7 +6,6 @@
 __all__ = ['random_scene', 'GroundTruth']
 
 # %% ../nbs/02_ground_truth.ipynb #export-imports
-import io
 import math
 import os
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from . import checks
 from .gaussians import Blend, Domain2D, Gaussians2D
-from .io.pictures import load_picture, picture_background, save_picture, to_pil
+from .io.pictures import load_picture, picture_background, png_bytes, save_picture, to_pil
 from .renderer import render
 
 # %% ../nbs/02_ground_truth.ipynb #beat1-spread
@@ -66,7 +65,7 @@ def _to_inks(scene: Gaussians2D, height: int, width: int, background: tuple[floa
     base = torch.tensor(background)
     with torch.no_grad():
         scene.colors -= base
-        total = render(scene, height, width, Blend.ADDITIVE)
+        total = render(scene, height, width, Blend.ADDITIVE, torch.zeros(3))
         highest, lowest = total.amax((0, 1)), -total.amin((0, 1))
         room = torch.cat([(1 - base) / highest.clamp(min=1e-6), base / lowest.clamp(min=1e-6)])
         room = room[torch.cat([highest, lowest]) > 1e-6]
@@ -148,6 +147,4 @@ class GroundTruth:
 
     def _repr_png_(self) -> bytes:
         "The picture Jupyter shows."
-        buffer = io.BytesIO()
-        self.to_pil().save(buffer, "PNG")
-        return buffer.getvalue()
+        return png_bytes(self.image)

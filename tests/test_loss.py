@@ -251,9 +251,9 @@ def test_the_mixture_is_frozen_and_hashable():
 @pytest.mark.parametrize(
     "weights, error, says",
     [
-        ((-0.1, 0.5), ValueError, "l1_weight: expected a finite number that is at least 0, got -0.1"),
-        ((0.5, math.nan), ValueError, "ssim_weight: expected a finite number that is at least 0, got nan"),
-        ((math.inf, 0.5), ValueError, "l1_weight: expected a finite number that is at least 0, got inf"),
+        ((-0.1, 0.5), ValueError, "l1_weight: expected a finite number of at least 0, got -0.1"),
+        ((0.5, math.nan), ValueError, "ssim_weight: expected a finite number of at least 0, got nan"),
+        ((math.inf, 0.5), ValueError, "l1_weight: expected a finite number of at least 0, got inf"),
         ((0, 0.0), ValueError, "expected at least one weight above 0"),
         (("0.8", 0.2), TypeError, "l1_weight: expected a number, got '0.8'"),
         ((0.8, None), TypeError, "ssim_weight: expected a number, got None"),
