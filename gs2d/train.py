@@ -37,6 +37,7 @@ from .ground_truth import GroundTruth
 from .init_levels import InitLevel, initialize_scene
 from .io.checkpoints import read_checkpoint, write_checkpoint
 from .io.pictures import png_bytes, to_pil
+from .io.results import save_results
 from .kernels.devices import resolve_device
 from .loss import L1SSIMLoss, loss_name, named_loss, psnr, ssim
 from .renderer import kernels_for, render
@@ -228,6 +229,13 @@ class TrainResult:
         "The final picture as an 8-bit Pillow image."
         return to_pil(self.image)
 
+    def save(
+        self,
+        folder: str | os.PathLike,  # made if it does not exist; files of the same names are replaced
+    ) -> Path:
+        "Write scene, scores, history and pictures (see `gs2d.io.results.save_results`)."
+        return save_results(self, folder, StepRecord._fields)
+
     def __repr__(self) -> str:
         size = f"{len(self.history)} steps, {len(self.scene)} Gaussians" + ", interrupted" * self.interrupted
         return f"TrainResult({size}, {self.psnr:.2f} dB, SSIM {self.ssim:.4f})"
@@ -348,7 +356,7 @@ class Trainer:
 
     def step(self) -> StepRecord:
         "One optimisation step. FloatingPointError, and no change, if the loss or its gradient is not finite."
-        start, before = time.perf_counter(), self.progress
+        start, spent, before = time.perf_counter(), self.seconds_spent, self.progress
         lr = _set_learning_rates(self)
         image = self._render(self.scene, self.config.height, self.config.width)
         loss = self.loss(image, self.target)
@@ -357,16 +365,18 @@ class Trainer:
         self.image = image.detach()
         loss_value, psnr_value = _measure(self, loss)
         self.optimizer.step()
-        self._advance(time.perf_counter() - start)
+        self.steps_done += 1
+        self._count(spent, start)
         _grow(self, before)
-        step_ms = 1000 * (time.perf_counter() - start)
+        step_ms, self._warm = 1000 * self._count(spent, start), True
         self.history.append(StepRecord(self.steps_done - 1, loss_value, psnr_value, lr, len(self.scene), step_ms))
         return self.history[-1]
 
-    def _advance(self, seconds: float) -> None:
-        "Count a step, and the time it took; the first one, which may load or compile kernels, costs no time."
-        self.seconds_spent += seconds if self._warm else 0.0
-        self.steps_done, self._warm = self.steps_done + 1, True
+    def _count(self, spent: float, start: float) -> float:
+        "Seconds since `start`. All but the first step's, which may load or compile kernels, are added to those spent before."
+        seconds = time.perf_counter() - start
+        self.seconds_spent = spent + (seconds if self._warm else 0.0)
+        return seconds
 
     def __iter__(self) -> Iterator[StepRecord]:
         "Steps until the run is done. A second loop goes on where the first one stopped."
