@@ -104,26 +104,6 @@ class Domain2D:
         half = 5.0 * height / width
         return cls((-5.0, 5.0), (-half, half))
 
-# %% ../nbs/00_gaussians.ipynb #scene-check
-def _checked(**parameters) -> dict[str, Tensor]:
-    "The five raw parameters as floating-point tensors with N rows each, or an error that says which does not fit."
-    tensors = {name: torch.as_tensor(value) for name, value in parameters.items()}
-    for name, tensor in tensors.items():
-        ndim, width = (1, None) if name in ("rotations", "opacity_logits") else (2, None if name == "colors" else 2)
-        expected = "(N,)" if ndim == 1 else f"(N, {width or 'C'})"
-        if tensor.ndim != ndim or (width and tensor.shape[1] != width):
-            raise ValueError(f"{name}: expected shape {expected}, got {tuple(tensor.shape)}")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name}: expected floating-point numbers, got {tensor.dtype}")
-    for what, kinds in (
-        ("number of rows", {name: len(tensor) for name, tensor in tensors.items()}),
-        ("dtype", {name: tensor.dtype for name, tensor in tensors.items()}),
-        ("device", {name: tensor.device for name, tensor in tensors.items()}),
-    ):
-        if len(set(kinds.values())) != 1:
-            raise ValueError(f"expected the same {what} in all parameters, got {kinds}")
-    return tensors
-
 # %% ../nbs/00_gaussians.ipynb #scene-blend
 class Blend(str, Enum):
     "How the Gaussians that reach a pixel make one colour: o opacity, w weight, c colour, b background."
@@ -152,8 +132,8 @@ class Gaussians2D(nn.Module):
         background: tuple[float, ...] | None = None,  # C numbers, the colour where no Gaussian reaches; None is 0
     ):
         super().__init__()
-        raw = _checked(
-            means=means, log_scales=log_scales, rotations=rotations, opacity_logits=opacity_logits, colors=colors)
+        raw = checks.rows(means=(means, 2), log_scales=(log_scales, 2), rotations=(rotations, 0),
+                          opacity_logits=(opacity_logits, 0), colors=(colors, None))
         for name, tensor in raw.items():
             self.register_parameter(name, nn.Parameter(tensor.detach().clone().contiguous()))
         self.domain, self.blend = domain, checks.member("blend", blend, Blend)
