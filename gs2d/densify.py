@@ -75,8 +75,8 @@ def visible_ink(scene: nn.Module) -> Tensor:  # (N,)
 
 def _rows_to_keep(scene: nn.Module, threshold: float) -> Tensor:
     "(N,) False where a Gaussian is too faint or not finite. Never all False: the most visible one stays."
-    finite = torch.stack([values.reshape(len(scene), -1).isfinite().all(dim=1) for values in scene.parameters()]).all(dim=0)
-    ink = torch.where(finite, visible_ink(scene), -1.0)
+    finite = [values.isfinite().reshape(len(scene), math.prod(values.shape[1:])).all(dim=1) for values in scene.parameters()]
+    ink = torch.where(torch.stack(finite).all(dim=0), visible_ink(scene), -1.0)
     keep = ink >= threshold
     if len(scene) and not keep.any():
         keep[ink.argmax()] = True
@@ -290,7 +290,8 @@ class ErrorGrowth:
             raise ValueError(f"expected image and target of one shape, got {shapes}")
         stay = keep.nonzero()[:, 0]
         room = max(0, self.max_gaussians - len(stay))
-        n = min(room, math.ceil(((1 + self.growth) ** rounds - 1) * len(stay)))
+        growth = self.growth if rounds == 1 else (1 + self.growth) ** rounds - 1
+        n = min(room, math.ceil(growth * len(stay)))
         added = _sample_error(scene, state, n)
         values = {name: torch.cat([old[stay], added[name]]) for name, old in scene.named_parameters()}
         source = torch.cat([stay, stay.new_full((len(added["means"]),), -1)])

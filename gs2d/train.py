@@ -11,7 +11,6 @@ __all__ = ['FINAL_LR_FRACTION', 'HOLD_FRACTION', 'ADAM_EPS', 'ADAM_BETAS', 'CHAN
 # of its progress, from 0 to 1, which steps or a clock advance. Progress bars, films, checkpoints and live views stand around
 # the iterator; `run` puts them together. There are no callbacks and no subclasses: a recipe is a `TrainConfig`.
 import dataclasses
-import hashlib
 import math
 import os
 import sys
@@ -89,24 +88,26 @@ def _measure(trainer: "Trainer", loss: Tensor) -> tuple[float, float]:
     return loss_value, psnr_value
 
 # %% ../nbs/06_train.ipynb #parts-densify
-def _grow(trainer: "Trainer", before: float) -> None:
-    "Gather the gradients of the step just taken, and densify where a round is due; `before` was the progress before it."
-    growth = trainer.config.densify
+def _grow(trainer: "Trainer") -> None:
+    "Gather the gradients of the step just taken, and densify where a round is due."
+    growth, before, after = trainer.config.densify, trainer.grown_until, trainer.progress
+    trainer.grown_until = after
     if growth is None:
         return
     trainer.densification.accumulate(trainer.scene.ndc_gradient(), trainer.image, trainer.target)
-    rounds = growth.rounds_due(trainer.steps_done, before, trainer.progress)
+    rounds = growth.rounds_due(trainer.steps_done, before, after)
     if rounds:
         densify(trainer.scene, trainer.optimizer, trainer.densification, growth, rounds)
-
-
-def _derived_seed(seed: int, purpose: str) -> int:
-    "A seed for one purpose, with no relation to the seed for another."
-    return int.from_bytes(hashlib.sha256(f"{purpose} {seed}".encode()).digest()[:4], "big")
 
 # %% ../nbs/06_train.ipynb #trainer-real
 CHANGEABLE = (  # while a trainer runs
     "n_iterations", "seconds", "lr", "lr_schedule", "lr_scale", "blend", "loss", "growing_loss", "densify")
+
+
+def _check_names(config: TrainConfig, scene: nn.Module) -> None:
+    names = [name for name, _ in scene.named_parameters()]
+    for name in config.lr_scale:
+        checks.one_of("lr_scale", name, names)
 
 
 class Trainer:
@@ -124,9 +125,7 @@ class Trainer:
         wanted, got = ground_truth.image.shape[-1], scene.colors.shape[-1]
         if got != wanted:
             raise ValueError(f"expected Gaussians with {wanted} channels, as the picture has, got {got}")
-        names = [name for name, _ in scene.named_parameters()]
-        for name in config.lr_scale:
-            checks.one_of("lr_scale", name, names)
+        _check_names(config, scene)
         self.device = resolve_device(config.device)
         self.config = dataclasses.replace(config, height=ground_truth.height, width=ground_truth.width)
         self.ground_truth = ground_truth
@@ -135,9 +134,10 @@ class Trainer:
         self.target = ground_truth.image.to(self.scene.means)  # (H, W, C)
         self.image = None  # (H, W, C) what the last step rendered
         self.optimizer = make_optimizer(self.scene, config.lr)
-        seed = _derived_seed(config.seed, "densify")
+        seed = checks.derived_seed(config.seed, "densify")
         self.densification = DensificationState(len(scene), self.device, seed)  # what was gathered since the last round
         self.steps_done, self.seconds_spent, self.history = 0, 0.0, []
+        self.grown_until = 0.0  # the progress up to which growth was asked for rounds
         self._warm = False  # no step taken yet by this object
         compiled = self.device.type == "cuda" if config.compile == "auto" else config.compile
         compiled = compiled and kernels_for(self.device, self.target.dtype) is None
@@ -166,7 +166,7 @@ class Trainer:
 
     def step(self) -> StepRecord:
         "One optimisation step. FloatingPointError, and no change, if the loss or its gradient is not finite."
-        start, spent, before = time.perf_counter(), self.seconds_spent, self.progress
+        start, spent = time.perf_counter(), self.seconds_spent
         lr = _set_learning_rates(self)
         image = self._render(self.scene, self.config.height, self.config.width)
         loss = self.loss(image, self.target)
@@ -177,7 +177,7 @@ class Trainer:
         self.optimizer.step()
         self.steps_done += 1
         self._count(spent, start)
-        _grow(self, before)
+        _grow(self)
         step_ms, self._warm = 1000 * self._count(spent, start), True
         self.history.append(StepRecord(self.steps_done - 1, loss_value, psnr_value, lr, len(self.scene), step_ms))
         return self.history[-1]
@@ -198,9 +198,11 @@ class Trainer:
         refused = ", ".join(sorted(set(changes) - set(CHANGEABLE)))
         if refused:
             raise ValueError(f"expected changes of {', '.join(CHANGEABLE)}; a new Trainer is needed for {refused}")
+        config = dataclasses.replace(self.config, **changes)
+        _check_names(config, self.scene)
         if self.config.densify is None:  # what was gathered before a pause is stale
             self.densification.reset(len(self.scene))
-        self.config = dataclasses.replace(self.config, **changes)
+        self.config = config
         self.scene.blend = self.config.blend or self.ground_truth.blend
 
     @property
@@ -249,6 +251,7 @@ def _state(trainer: Trainer) -> tuple[dict[str, Tensor], dict]:
     tensors["history"] = torch.tensor(trainer.history, dtype=torch.float64).reshape(-1, len(StepRecord._fields))
     return tensors, dict(
         config=trainer.config.to_dict(), steps_done=trainer.steps_done, seconds_spent=trainer.seconds_spent,
+        grown_until=trainer.grown_until,
         domain=[trainer.scene.domain.x_dim, trainer.scene.domain.y_dim],
         truth_domain=[truth.domain.x_dim, truth.domain.y_dim], blend=truth.blend, background=truth.background)
 
@@ -268,7 +271,8 @@ def _restored(tensors: dict[str, Tensor], about: dict, device: str | None) -> Tr
     truth = GroundTruth(tensors["truth.image"], known, Domain2D(*about["truth_domain"]), about["blend"], about["background"])
     config = TrainConfig.from_dict(about["config"] | ({} if device is None else {"device": str(device)}))
     trainer = Trainer(truth, scene("scene", about["domain"]), config)
-    trainer.steps_done, trainer.seconds_spent = about["steps_done"], about["seconds_spent"]
+    for name in ("steps_done", "seconds_spent", "grown_until"):
+        setattr(trainer, name, about[name])
     trainer.densification.load_state_dict(below("densification"))
     for group in trainer.optimizer.param_groups:
         state = {key: value.to(trainer.device) for key, value in below(f"adam.{group['name']}").items()}
@@ -297,7 +301,7 @@ def run(
                 pass
         except KeyboardInterrupt:
             if progress:
-                print(f"interrupted after {trainer.steps_done} steps: the result holds what was reached", file=sys.stderr)
+                print(f"interrupted after {trainer.steps_done} of {trainer.expected_steps} steps: the result holds what was reached", file=sys.stderr)
     return trainer.result()
 
 # %% ../nbs/06_train.ipynb #run-bar
@@ -347,7 +351,7 @@ def make_trainer(
             config.n_gaussians, config.height, config.width, seed=config.seed, blend=config.blend or Blend.WEIGHTED)
     target = dataclasses.replace(ground_truth, blend=config.blend or ground_truth.blend)  # start colours depend on it
     n_start = config.n_gaussians if config.densify is None else config.densify.n_start(config.n_gaussians)
-    scene = initialize_scene(target, config.init_level, n_start, seed=_derived_seed(config.seed, "start"))
+    scene = initialize_scene(target, config.init_level, n_start, seed=checks.derived_seed(config.seed, "start"))
     return Trainer(ground_truth, scene, config)
 
 
