@@ -46,9 +46,9 @@ def number(
         raise TypeError(f"{name}: expected a number, got {value!r}")
     found = float(value)
     if not (math.isfinite(found) and lowest <= found <= highest) or (above and found == lowest):
-        start = f"above {lowest:g}" if above else f"of at least {lowest:g}" if highest == math.inf else f"from {lowest:g}"
+        start = "above" if above else "of at least" if highest == math.inf else "from"
         end = "" if highest == math.inf else f" and at most {highest:g}" if above else f" to {highest:g}"
-        raise ValueError(f"{name}: expected a finite number {start}{end}, got {found:g}")
+        raise ValueError(f"{name}: expected a finite number {start} {lowest:g}{end}, got {found:g}")
     return found
 
 # %% ../nbs/workshop/checks.ipynb #seed

@@ -7,8 +7,9 @@ __all__ = ['GROWTHS', 'shared_opacity_logits', 'principal_axes', 'clone_offsets'
            'DensifyReport', 'densify', 'ErrorGrowth', 'growth_to_dict', 'growth_from_dict']
 
 # %% ../nbs/05_densify.ipynb #export-imports
-# What changes the number of Gaussians: a strategy, which is a frozen dataclass, says when a round is due and which rows the
-# next scene has; `densify` replaces the rows, in the module and in its optimiser. What all strategies share is in gs2d.growth.
+# What changes the number of Gaussians: a strategy, which is a frozen dataclass, says when a round is due and which
+# rows the next scene has; `densify` replaces the rows, in the module and in its optimiser. What all strategies share
+# is in gs2d.growth.
 import math
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
@@ -75,8 +76,10 @@ def visible_ink(scene: nn.Module) -> Tensor:  # (N,)
 
 def _rows_to_keep(scene: nn.Module, threshold: float) -> Tensor:
     "(N,) False where a Gaussian is too faint or not finite. Never all False: the most visible one stays."
-    finite = [values.isfinite().reshape(len(scene), math.prod(values.shape[1:])).all(dim=1) for values in scene.parameters()]
-    ink = torch.where(torch.stack(finite).all(dim=0), visible_ink(scene), -1.0)
+    finite = torch.ones(len(scene), dtype=torch.bool, device=scene.means.device)
+    for values in scene.parameters():
+        finite &= values.isfinite().reshape(len(scene), math.prod(values.shape[1:])).all(dim=1)
+    ink = torch.where(finite, visible_ink(scene), -1.0)
     keep = ink >= threshold
     if len(scene) and not keep.any():
         keep[ink.argmax()] = True
@@ -117,7 +120,8 @@ class DensifyConfig:
         after: float,  # and after it
     ) -> int:
         "1 where a round is due after this step, otherwise 0."
-        return int(step > 0 and step % self.every_n_steps == 0 and self.start_step <= step and after <= self.stop_fraction)
+        in_time = self.start_step <= step and after <= self.stop_fraction
+        return int(step > 0 and step % self.every_n_steps == 0 and in_time)
 
     def next_rows(
         self,
@@ -272,8 +276,8 @@ class ErrorGrowth:
         after: float,  # and after it
     ) -> int:
         "How many of the rounds' places in the run the last step has passed."
-        first, last = (int(min(1.0, progress / self.stop_fraction) * self.rounds + 1e-9) for progress in (before, after))
-        return max(0, last - first)
+        first, last = (min(1.0, progress / self.stop_fraction) * self.rounds for progress in (before, after))
+        return max(0, int(last + 1e-9) - int(first + 1e-9))  # 0.3 * 10 is a little less than 3
 
     def next_rows(
         self,
