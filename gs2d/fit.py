@@ -368,41 +368,16 @@ def metrics(result: TrainResult) -> dict:
         height=truth.height, width=truth.width, blend=config.blend.value, device=str(result.scene.device), seed=config.seed,
         version=__version__)
 
+# %% ../nbs/10_fit_a_photo.ipynb #save-comparison-import
+from .show.views import comparison as draw_comparison
+
 # %% ../nbs/10_fit_a_photo.ipynb #save-comparison
-def _on_paper(image: Tensor) -> Tensor:
-    "(H, W, 3) in [0, 1], to look at: what is transparent lies on a grey chequerboard."
-    image = image.detach().cpu().clamp(0, 1)
-    if image.shape[-1] != 4:
-        return image
-    rows, columns = torch.meshgrid(*(torch.arange(size) // 8 for size in image.shape[:2]), indexing="ij")
-    paper = 0.75 + 0.15 * ((rows + columns) % 2)[..., None]
-    return (image[..., :3] + (1 - image[..., 3:]) * paper).clamp(0, 1)
-
-
 def comparison(
     result: TrainResult,
 ) -> "matplotlib.figure.Figure":  # noqa: F821
     "The target, the render, the error with a colour bar, and the outlines at 2σ, side by side."
-    from matplotlib.figure import Figure
-
-    truth = result.ground_truth
-    target, image = (picture.detach().cpu().clamp(0, 1) for picture in (truth.image, result.image))
-    error = (image - target).square().mean(-1).sqrt().numpy()
-    aspect = min(max(truth.width / truth.height, 0.2), 8)  # of one panel; a longer strip than that leaves room around it
-    rows, columns = (1, 4) if aspect < 1.2 else (2, 2) if aspect < 3 else (4, 1)
-    width = 3.2 * columns if rows == 1 else 10
-    figure = Figure(figsize=(width, 0.4 + rows * (width / columns / aspect + 0.3)), dpi=110, layout="constrained")
-    axes = figure.subplots(rows, columns).ravel()
     score = f"{len(result.scene):,} Gaussians: {result.psnr:.2f} dB, SSIM {result.ssim:.4f}"
-    axes[0].imshow(_on_paper(target).numpy())
-    axes[1].imshow(_on_paper(image).numpy())
-    top = max(float(np.quantile(error, 0.998)), 1 / 255)
-    figure.colorbar(axes[2].imshow(error, cmap="magma", vmin=0, vmax=top), ax=axes[2], extend="max", shrink=0.8)
-    draw_outlines(result.scene, axes[3], color="black", linewidths=min(0.8, 25 / math.sqrt(len(result.scene))))
-    for ax, title in zip(axes, ("target", score, "error (root mean square)", "outlines at 2σ")):
-        ax.set(xticks=[], yticks=[])
-        ax.set_title(title, fontsize=9)
-    return figure
+    return draw_comparison(result.scene, result.image, result.ground_truth.image, score)
 
 # %% ../nbs/10_fit_a_photo.ipynb #save-results
 def _png(figure) -> bytes:
