@@ -129,7 +129,7 @@ def _results_folder(
 def _run(trainer, video: Path | None, quiet: bool):
     "All steps of a trainer, filmed or not."
     from gs2d.train import run
-    from gs2d.video import record
+    from gs2d.show.film import record
 
     return record(trainer, video, progress=not quiet) if video else run(trainer, progress=not quiet)
 
@@ -171,7 +171,7 @@ _Out = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Folder for th
 _Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
 _Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps. auto takes the fastest there is.")]
 _Background = Annotated[str, typer.Option(metavar="COLOUR", help="Behind the Gaussians, and behind a picture that is transparent: three numbers such as 0,0.5,1, or white, or #ff8800.")]
-_Video = Annotated[Path | None, typer.Option(metavar="FILE", help="Film the training: .webm, .mp4 (needs the extra gs2d[video]), .gif, or a folder of pictures.")]
+_Video = Annotated[Path | None, typer.Option(metavar="FILE", help="Film the training: .webm, .mp4, .gif, or a folder of pictures.")]
 _Quality = Annotated[str, typer.Option(help="draft (300 steps, a Gaussian for every 80 pixels), good (2,000, 40) or best (8,000, 20): what is not given below. On two cores, 768×512 pixels take about 2 s, 16 s or 90 s.")]
 _Steps = Annotated[int | None, typer.Option(help="Optimisation steps. [default: as --quality says]", show_default=False)]
 _Seconds = Annotated[float | None, typer.Option(help="Time for the steps, instead of their number.", show_default=False)]

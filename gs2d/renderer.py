@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WEIGHT_EPS', 'MAX_ALPHA', 'PAIRS_PER_CHUNK', 'KERNELS', 'pixel_centers', 'ScreenGaussians', 'project', 'kernels_for',
-           'rasterize', 'render', 'overlay_outlines']
+           'rasterize', 'render']
 
 # %% ../nbs/01_renderer.ipynb #export-imports
 # Conventions: pixel coordinates have x to the right and y down, and pixel (row i, column j) is centred at
@@ -16,7 +16,6 @@ import warnings
 from types import ModuleType
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -188,26 +187,3 @@ def render(
     blend = scene.blend if blend is None else blend
     background = scene.background if background is None else background
     return rasterize(project(scene, height, width), height, width, blend, background, backend)
-
-# %% ../nbs/01_renderer.ipynb #overlay-real
-def overlay_outlines(
-    image: np.ndarray,  # (H, W, 3) uint8, the picture to draw on
-    scene: Gaussians2D,
-    n_std: float = 2.0,  # radius of the ellipses, in standard deviations
-) -> np.ndarray:  # (H, W, 3) uint8
-    "The picture, dimmed, with each Gaussian's ellipse in a light version of its colour: `draw_outlines` at the speed of a film."
-    import cv2
-
-    values = (scene.means, n_std * scene.scales, scene.rotations, scene.colors[:, :3].clamp(0, 1).expand(-1, 3))
-    means, radii, angles, colors = (value.detach().cpu().double().nan_to_num().numpy() for value in values)
-    turn = np.linspace(0, 2 * np.pi, 40, endpoint=False)
-    along, across = radii[:, :1] * np.cos(turn), radii[:, 1:] * np.sin(turn)
-    cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
-    x, y = means[:, :1] + cos * along - sin * across, means[:, 1:] + sin * along + cos * across
-    (height, width), domain = image.shape[:2], scene.domain
-    pixels = np.stack([(x - domain.x_dim[0]) * width / domain.width, (domain.y_dim[1] - y) * height / domain.height], -1)
-    corners = ((pixels - 0.5).clip(-8192, 8192) * 16).round().astype(np.int32)  # in 1/16 pixel; cv2 puts pixel centres at whole numbers
-    canvas = image // 3
-    for corner, color in zip(corners, (127 + 128 * colors).tolist()):
-        cv2.polylines(canvas, [corner], True, color, 1, cv2.LINE_AA, 4)
-    return canvas

@@ -169,7 +169,7 @@ def test_progress_goes_to_stderr_and_quiet_is_quiet():
 
 
 def test_fit_and_train_are_filmed():
-    from gs2d.video import read_frames
+    from gs2d.io.containers import read_frames
 
     for command in (["fit", picture(), "--steps", 3, "--video", "fit.webm"], ["train", "--steps", 3, "--n-gaussians", 3, "--height", 24, "--width", 32, "--video", "train.gif"]):
         assert command[-1] in succeeds(*command, "--quiet").stdout

@@ -468,7 +468,7 @@ def test_comparison_suits_the_proportions(size, panels):
     result = fit_image(small(*size), n_gaussians=6, steps=2, progress=False, device="cpu")
     figure = comparison(result)
     axes = [ax for ax in figure.axes if ax.get_title()]
-    assert [ax.get_title() for ax in axes][::2] == ["target", "error (root mean square)"]
+    assert [ax.get_title() for ax in axes][::2] == ["target", "error (mean absolute)"]
     assert axes[0].get_subplotspec().get_geometry()[:2] == panels
     assert max(figure.get_size_inches() * figure.dpi) < 2000
 

@@ -82,7 +82,7 @@ def imported_from_gs2d(tree: ast.AST, module: str) -> set:
 
 
 KNOWN = {f"gs2d.{module_name(path)}" for path in MODULES}
-DOORS = {"renderer", "live"}  # the modules that name others in strings, to import them at first use
+DOORS = {"renderer"}  # the modules that name others in strings, to import them at first use
 
 
 def import_graph() -> dict:

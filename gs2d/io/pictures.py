@@ -218,7 +218,7 @@ def pictures_in(folder: str | os.PathLike) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"expected a folder with pictures, got {folder}")
-    found = [path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES]
+    found = [path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES and path.name[0] != "."]
     if not found:
         raise ValueError(f"{folder}: expected pictures ({', '.join(PICTURE_SUFFIXES)}), got none")
     return natsorted(found, key=lambda path: path.name)
