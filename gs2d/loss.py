@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .renderer import kernels_for
+from .checks import one_of
+from .kernels import operators
 
 # %% ../nbs/04_loss.ipynb #beat1-check
 def _check_pair(image: Tensor, target: Tensor) -> None:
@@ -40,13 +41,12 @@ def _mean(values: Tensor) -> Tensor:
     return values.mean(dim=(1, 2)).mean()
 
 
-def _squared_error(image: Tensor, target: Tensor, clamp: bool = False) -> Tensor:
-    "Mean of (image - target)², by compiled kernels where there are any; with `clamp`, of both limited to [0, 1]."
-    slopes = target.requires_grad or (clamp and image.requires_grad)  # gradients that the kernels do not give
-    kernels = None if slopes else kernels_for(image.device, image.dtype)
-    if kernels:
-        return kernels.squared_error(image, target, clamp)
+def _squared_error(image: Tensor, target: Tensor, clamp: bool) -> Tensor:
+    "Mean of (image - target)²; with `clamp`, of both limited to [0, 1]."
     return _mean((image.clamp(0, 1) - target.clamp(0, 1) if clamp else image - target).square())
+
+
+operators.set_reference("squared_error", _squared_error)
 
 
 def l1_loss(
@@ -64,7 +64,7 @@ def l2_loss(
 ) -> Tensor:  # scalar, 0 for identical pictures
     "Mean squared error. A NaN in either picture gives NaN."
     _check_pair(image, target)
-    return _squared_error(image, target)
+    return operators.squared_error(image, target)
 
 # %% ../nbs/04_loss.ipynb #beat2-real
 def psnr(
@@ -73,7 +73,7 @@ def psnr(
 ) -> Tensor:  # scalar, decibels: higher is better, inf for identical pictures
     "Peak signal-to-noise ratio, 10 log₁₀(1 / L2): a score, not a loss. A NaN in either picture gives NaN."
     _check_pair(image, target)
-    return 10 * torch.log10(1 / _squared_error(image, target, clamp=True))
+    return 10 * torch.log10(1 / operators.squared_error(image, target, clamp=True))
 
 # %% ../nbs/04_loss.ipynb #beat3-constants
 SSIM_WINDOW = 11  # pixels on a side (Wang et al. 2004)
@@ -137,10 +137,18 @@ def ssim(
     A similarity, so more is better: train with 1 - ssim. A NaN in either picture gives NaN.
     """
     _check_pair(image, target)
-    if backend not in ("auto", "reference"):
-        raise ValueError(f'backend: expected "auto" or "reference", got {backend!r}')
-    kernels = kernels_for(image.device, image.dtype) if backend == "auto" else None
-    return _mean(ssim_map(image, target)) if kernels is None else kernels.ssim(image, target)
+    if one_of("backend", backend, ("auto", "reference")) == "reference":
+        return _mean(ssim_map(image, target))
+    return 1 - operators.photometric(image, target, 0.0, 1.0)
+
+
+def _photometric(image: Tensor, target: Tensor, l1_weight: float, ssim_weight: float) -> Tensor:
+    "`l1_weight`·L1 + `ssim_weight`·(1 - SSIM); a part whose weight is 0 is not computed."
+    loss = l1_weight * _mean((image - target).abs()) if l1_weight else 0.0
+    return loss + ssim_weight * (1 - _mean(ssim_map(image, target))) if ssim_weight else loss
+
+
+operators.set_reference("image_loss", _photometric)
 
 # %% ../nbs/04_loss.ipynb #beat5-real
 @dataclass(frozen=True)
@@ -161,10 +169,8 @@ class L1SSIMLoss:
             raise ValueError("expected at least one weight above 0, got l1_weight = ssim_weight = 0")
 
     def __call__(self, image: Tensor, target: Tensor) -> Tensor:
-        "The loss, a scalar. A part whose weight is 0 is not computed; with compiled kernels, both are computed in one pass."
+        "The loss, a scalar. SSIM is not computed if its weight is 0; with compiled kernels, both take one pass."
+        if self.ssim_weight == 0:
+            return self.l1_weight * l1_loss(image, target)
         _check_pair(image, target)
-        kernels = kernels_for(image.device, image.dtype)
-        if kernels and self.l1_weight and self.ssim_weight and not target.requires_grad:
-            return kernels.photometric(image, target, self.l1_weight, self.ssim_weight)
-        loss = self.l1_weight * l1_loss(image, target) if self.l1_weight else 0.0
-        return loss + self.ssim_weight * (1 - ssim(image, target)) if self.ssim_weight else loss
+        return operators.photometric(image, target, self.l1_weight, self.ssim_weight)

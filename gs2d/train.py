@@ -31,8 +31,9 @@ from .densify import DensificationState, DensifyConfig, densify
 from .gaussians import PARAMETER_NAMES, Domain2D, Gaussians2D, atomic_write
 from .ground_truth import GroundTruth
 from .init_levels import InitLevel, initialize_scene
+from .kernels import operators
 from .loss import L1SSIMLoss, l1_loss, l2_loss, psnr, ssim
-from .renderer import Blend, kernels_for, render
+from .renderer import Blend, render
 
 # %% ../nbs/06_train.ipynb #schedule-real
 FINAL_LR_FRACTION = 0.01  # where EXPONENTIAL ends; 3DGS lets its positions' rate fall by the same factor
@@ -351,7 +352,7 @@ class Trainer:
         self.image = None  # (H, W, C) what the last step rendered
         self._target = ground_truth.image.to(self.scene.means)
         self._background = torch.as_tensor(ground_truth.background).to(self._target)
-        by_reference = kernels_for(self.device, self._target.dtype) is None
+        by_reference = "rasterize" not in operators.available(self.device, self._target.dtype)
         compiled = by_reference and (self.device.type == "cuda" if config.compile == "auto" else config.compile)
         self._render = torch.compile(render) if compiled else render
 

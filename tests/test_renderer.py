@@ -3,7 +3,6 @@
 import math
 import subprocess
 import sys
-import warnings
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from torch.testing import assert_close
 
 import gs2d.renderer as renderer
 from gs2d.gaussians import PARAMETER_NAMES, Domain2D, Gaussians2D
-from gs2d.renderer import MAX_ALPHA, WEIGHT_EPS, Blend, kernels_for, overlay_outlines, pixel_centers, project, rasterize, render
+from gs2d.renderer import MAX_ALPHA, WEIGHT_EPS, Blend, overlay_outlines, pixel_centers, project, rasterize, render
 
 BLENDS = list(Blend)
 
@@ -138,22 +137,6 @@ def test_screen_shapes_are_checked():
     screen = project(make_scene(3), 8, 8)
     with pytest.raises(ValueError, match="expected means"):
         rasterize(screen._replace(opacities=screen.opacities[:2]), 8, 8)
-
-
-def test_missing_kernels_warn_once_and_the_reference_serves(monkeypatch):
-    monkeypatch.setattr(renderer, "KERNELS", {"cpu": "gs2d.no_such_kernels"})
-    monkeypatch.setattr(renderer, "_loaded", {})
-    with pytest.warns(UserWarning, match="no_such_kernels"):
-        image = render(make_scene(3), 8, 8)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert torch.equal(image, render(make_scene(3), 8, 8, backend="reference"))
-        assert torch.equal(image, render(make_scene(3), 8, 8))
-
-
-def test_float64_and_unknown_devices_use_the_reference():
-    assert kernels_for("cpu", torch.float64) is None
-    assert kernels_for("meta", torch.float32) is None
 
 
 def test_reference_memory_is_bounded():
