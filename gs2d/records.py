@@ -88,7 +88,7 @@ class TrainResult:
     @cached_property
     def ssim(self) -> float:
         "Structural similarity of the final picture and the ground truth, both clamped to [0, 1]."
-        return ssim(self.image.clamp(0, 1), self.ground_truth.image.to(self.image).clamp(0, 1)).item()
+        return ssim(self.image, self.ground_truth.image.to(self.image)).item()
 
     @torch.no_grad()
     def render(

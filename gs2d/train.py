@@ -31,10 +31,11 @@ from .ground_truth import GroundTruth
 from .growth import DensificationState
 from .init_levels import InitLevel, initialize_scene
 from .io.checkpoints import read_checkpoint, write_checkpoint
+from .kernels import operators
 from .kernels.devices import resolve_device
 from .loss import psnr
 from .records import StepRecord, TimingStats, TrainResult
-from .renderer import kernels_for, render
+from .renderer import render
 
 # %% ../nbs/06_train.ipynb #schedule-real
 FINAL_LR_FRACTION = 0.01  # where EXPONENTIAL ends; 3DGS lets its positions' rate fall by the same factor
@@ -140,7 +141,7 @@ class Trainer:
         self.grown_until = 0.0  # the progress up to which growth was asked for rounds
         self._warm = False  # no step taken yet by this object
         compiled = self.device.type == "cuda" if config.compile == "auto" else config.compile
-        compiled = compiled and kernels_for(self.device, self.target.dtype) is None
+        compiled = compiled and "rasterize" not in operators.available(self.device, self.target.dtype)
         self._render = torch.compile(partial(render, backend="reference")) if compiled else render
 
     @property

@@ -919,7 +919,7 @@ def test_the_call_people_make(tmp_path):
 def test_compile_is_for_cuda_unless_asked_for(monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
-    monkeypatch.setattr("gs2d.train.kernels_for", lambda device, dtype: None)
+    monkeypatch.setattr("gs2d.kernels.operators.available", lambda device, dtype: frozenset())
     new_trainer(), new_trainer(change(compile=False))
     assert compiled == []
     new_trainer(change(compile=True)).step()
