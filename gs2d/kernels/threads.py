@@ -32,6 +32,7 @@ def _sources() -> str:
 
 
 _SOURCES = None if __name__ == "__main__" else _sources()
+_kept = set()  # the functions of the package that were compiled or loaded
 
 # %% ../../nbs/workshop/threads.ipynb #exp
 def compiled(
@@ -41,6 +42,7 @@ def compiled(
     options = dict(nogil=True, error_model="numpy")
     if function.__module__ == "__main__" or _SOURCES is None:  # written in a notebook
         return njit(**options)(function)
+    _kept.add(function)
     try:
         dispatcher = njit(cache=True, **options)(function)
     except RuntimeError:  # no such folder: compile anew in every process
@@ -52,9 +54,6 @@ def compiled(
 inlined = njit(nogil=True, error_model="numpy", forceinline=True)  # becomes part of the kernels that call it
 
 # %% ../../nbs/workshop/threads.ipynb #announce
-_FOLDER = __name__.rpartition(".")[0] + "."  # "gs2d.kernels."
-
-
 class _Announcement(event.Listener):
     "Say one line on stderr when the package's kernels are compiled, and not when they come from the disk."
 
@@ -62,7 +61,7 @@ class _Announcement(event.Listener):
 
     def on_start(self, event):
         "numba begins to compile a function."
-        if not self.said and event.data["dispatcher"].py_func.__module__.startswith(_FOLDER):
+        if not self.said and event.data["dispatcher"].py_func in _kept:
             self.said = True
             print("gs2d: compiling the CPU kernels once, which takes some seconds", file=sys.stderr, flush=True)
 
