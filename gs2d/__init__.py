@@ -23,8 +23,6 @@ from .train import LRSchedule, TrainConfig, Trainer, TrainResult
 
 load = Gaussians2D.load  # a scene from a file
 
-_AT_FIRST_USE = {"LiveTrainer": "show.panel", "record": "show.film"}  # they import ipywidgets, and what writes videos
-
 __all__ = [
     "Blend", "DensifyConfig", "Domain2D", "ErrorGrowth", "Gaussians2D", "GroundTruth", "InitLevel", "L1SSIMLoss",
     "LRSchedule", "LiveTrainer", "TrainConfig", "TrainResult", "Trainer", "draw_outlines", "fit_image",
@@ -32,8 +30,11 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    if name in _AT_FIRST_USE:
-        from importlib import import_module
-
-        return getattr(import_module(f".{_AT_FIRST_USE[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    "What imports ipywidgets, or writes videos, at its first use."
+    if name == "LiveTrainer":
+        from .show.panel import LiveTrainer as found
+    elif name == "record":
+        from .show.film import record as found
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return found

@@ -18,7 +18,7 @@ from .cpu_raster import PACKED, ROWS, prepare, splat, splat_backward
 from .operators import Kernels
 from .threads import flat
 from .vectors import PADDING, row_length
-from ..renderer import WEIGHT_EPS
+from ..gaussians import WEIGHT_EPS
 
 # %% ../../nbs/workshop/cpu.ipynb #saved
 _PLANES = {"additive": 0, "weighted": 1, "over": 2}  # none; 1 / (Σ o w + ε); light left, last entry that counted

@@ -15,7 +15,7 @@ from .threads import compiled, even_cuts, fair_cuts, inlined, run
 from gs2d.kernels.vectors import (
     LANES, PADDING, falloff, fill, fma, load, ramp, read_pixels, row_length, store, total, where_le, write_pixels,
 )
-from ..renderer import MAX_ALPHA
+from ..gaussians import MAX_ALPHA
 
 # %% ../../nbs/workshop/cpu_over.ipynb #over-finish
 @inlined

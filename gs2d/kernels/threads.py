@@ -27,7 +27,7 @@ from torch import Tensor
 def _sources() -> str:
     "A checksum of what machine code is made from: this folder, and the modules whose constants are built in."
     folder = Path(__file__).parent
-    files = [*sorted(folder.glob("*.py")), folder.parent / "gaussians.py", folder.parent / "renderer.py"]
+    files = [*sorted(folder.glob("*.py")), folder.parent / "gaussians.py"]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
