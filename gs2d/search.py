@@ -7,9 +7,10 @@ __all__ = ['SCOUTS', 'SCOUT_LOSS', 'SLOPE', 'CLOSE', 'fewest_gaussians']
 
 # %% ../nbs/workshop/search.ipynb #export-imports
 # Nothing here knows what is fitted, or how: `fit` is a function of a number of Gaussians and a number of steps, and what it
-# returns has the attributes `psnr` and `interrupted`, as `gs2d.train.TrainResult` has.
+# returns is a dataclass with the fields `psnr` and `interrupted`, as `gs2d.train.TrainResult` has.
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 from . import checks
 
@@ -46,7 +47,10 @@ def fewest_gaussians(
     most: int,  # and the most that there may be
     tell: Callable[[str], None] = lambda line: None,  # is told about every fit
 ):  # what `fit` returned for that number
-    "The fit that reaches the target with about the fewest Gaussians. ValueError if `most` of them do not."
+    """The fit that reaches the target with about the fewest Gaussians. ValueError if `most` of them do not.
+
+    A fit that was interrupted ends the search with the best so far, which then says that it was interrupted.
+    """
     target_psnr = checks.number("target_psnr", target_psnr, highest=100, above=True)
 
     def attempt(n: int, steps: int, kind: str):
@@ -66,7 +70,7 @@ def fewest_gaussians(
     while high - low > max(1, high // 100):
         result, reached = attempt(n, steps, "a whole fit")
         if result.interrupted:
-            return best or result
+            return replace(best or result, interrupted=True)
         if reached < target_psnr:
             low = n
         else:
@@ -76,5 +80,6 @@ def fewest_gaussians(
         line.add(n, reached)
         n = min(max(line.where(target_psnr + CLOSE / 2), low + 1), high - 1)
     if best is None:
-        raise ValueError(f"target_psnr: expected at most {reached:.1f} dB, which {low:,} Gaussians reach here, got {target_psnr}")
+        reachable = f"{reached:.1f} dB, which {low:,} Gaussians reach here"
+        raise ValueError(f"target_psnr: expected at most {reachable}, got {target_psnr}")
     return best
