@@ -45,7 +45,7 @@ def fewest_gaussians(
     steps: int,  # of a whole fit
     first: int,  # the number of Gaussians to begin with
     most: int,  # and the most that there may be
-    tell: Callable[[str], None] = lambda line: None,  # is told about every fit
+    tell: Callable[[str], None] = lambda line: None,  # is told about every fit that came to its end
 ):  # what `fit` returned for that number
     """The fit that reaches the target with about the fewest Gaussians. ValueError if `most` of them do not.
 
@@ -56,7 +56,8 @@ def fewest_gaussians(
     def attempt(n: int, steps: int, kind: str):
         result = fit(n, steps)
         reached = min(result.psnr, 100.0)  # infinity has no slope
-        tell(f"{kind} with {n:,} Gaussians: {reached:.2f} dB")
+        if not result.interrupted:
+            tell(f"{kind} with {n:,} Gaussians: {reached:.2f} dB")
         return result, reached
 
     line, n = _Line(), first
