@@ -22,10 +22,10 @@ import numpy as np
 import torch
 
 import gs2d
-from gs2d.fit import visited_pairs
-from gs2d.gaussians import Domain2D, Gaussians2D
+from gs2d.gaussians import Blend, Domain2D, Gaussians2D
 from gs2d.loss import l1_loss, l2_loss, ssim
-from gs2d.renderer import WEIGHT_EPS, Blend, kernels_for, project, rasterize, render
+from gs2d.measure import visited_pairs
+from gs2d.renderer import WEIGHT_EPS, kernels_for, project, rasterize, render
 
 HERE = Path(__file__).parent
 
