@@ -6,8 +6,8 @@
 __all__ = ['SCOUTS', 'SCOUT_LOSS', 'SLOPE', 'CLOSE', 'fewest_gaussians']
 
 # %% ../nbs/workshop/search.ipynb #export-imports
-# Nothing here knows what is fitted, or how: `fit` is a function of a number of Gaussians and a number of steps, and what it
-# returns is a dataclass with the fields `psnr` and `interrupted`, as `gs2d.train.TrainResult` has.
+# Nothing here knows what is fitted, or how: `fit` is a function of a number of Gaussians and a number of steps, and
+# what it returns is a dataclass that knows `psnr` and `interrupted`, as `gs2d.train.TrainResult` does.
 import math
 from collections.abc import Callable
 from dataclasses import replace

@@ -77,8 +77,8 @@ _Seed = Annotated[int, typer.Option(help="The same seed gives the same result, e
 _MaxSide = Annotated[int, typer.Option(help="Pixels of the longer side; a larger picture is shrunk to it.")]
 _Blend = Annotated[str, typer.Option(help="weighted, additive or over.")]
 _Loss = Annotated[str, typer.Option(
-    help="l2 (highest PSNR), l1, or l1_ssim (0.15 L1 + 0.85 (1 - SSIM)). A fit grows by l2, and l1 or l1_ssim take over "
-         "at half of the run.")]
+    help="l2 (highest PSNR), l1, or l1_ssim (0.15 L1 + 0.85 (1 - SSIM)). A fit grows by l2, and l1 or l1_ssim take "
+         "over at half of the run.")]
 
 
 def _loss(name: str) -> str:
@@ -91,7 +91,8 @@ def _loss(name: str) -> str:
 # %% ../../nbs/workshop/cli_fits.ipynb #fit-code
 def fit(
     photo: Annotated[Path | None, typer.Argument(
-        show_default=False, help="Any picture that Pillow reads. [default: the portrait that matplotlib ships]")] = None,
+        show_default=False,
+        help="Any picture that Pillow reads. [default: the portrait that matplotlib ships]")] = None,
     n_gaussians: Annotated[int | None, _option("Gaussians at the end. [default: as --quality says]")] = None,
     target_psnr: Annotated[float | None, _option(
         "Decibels to reach, instead: finds how many Gaussians it takes, in several fits.")] = None,

@@ -111,5 +111,4 @@ def info(
         "opacities": _span(gaussians.opacities.detach()),
         "colours": _span(gaussians.colors.detach()),
     }
-    for name, text in lines.items():
-        typer.echo(f"{name:<11}{text}")
+    typer.echo("\n".join(f"{name:<11}{text}" for name, text in lines.items()))

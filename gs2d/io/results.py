@@ -6,7 +6,7 @@
 __all__ = ['metrics', 'csv_bytes', 'save_results']
 
 # %% ../../nbs/workshop/results.ipynb #export-imports
-# A result is whatever has the attributes of `gs2d.train.TrainResult`: this module lies below training, without importing it.
+# A result is whatever has the attributes of `gs2d.train.TrainResult`: this module lies below training.
 import csv
 import io
 import json
@@ -23,7 +23,7 @@ from ..show.views import comparison
 
 # %% ../../nbs/workshop/results.ipynb #save-metrics
 def metrics(result) -> dict:
-    "Scores, cost and settings of a `TrainResult`, as plain values. What is not finite becomes None: JSON has no word for it."
+    "Scores, cost and settings of a `TrainResult`, as plain values. What is not finite becomes None, as JSON needs."
     target = result.ground_truth.image.to(result.image)
     scores = {"psnr": result.psnr, "ssim": result.ssim, "ms_ssim": ms_ssim(result.image, target)}
     scores["loss"] = result.config.loss(result.image, target).item()
