@@ -20,8 +20,8 @@ TWO   := OMP_NUM_THREADS=1
 
 help:
 	@echo "make run        fit the default photograph (another: make run ARGS=\"photo.jpg --steps 500\")"
-	@echo "make lessons    open the lessons in JupyterLab"
 	@echo "make test       check everything: notebooks and modules, lessons, tests, wheel"
+	@echo "make lessons    open the lessons in JupyterLab"
 	@echo "make export     write the modules and README.md from the notebooks, and clean the notebooks"
 	@echo "make docs       build the website (needs Quarto)"
 	@echo "make bench      measure speed next to others"
@@ -47,7 +47,7 @@ $(RUN): constraints.txt settings.ini setup.py
 	@touch $@
 
 $(DEV): $(RUN)
-	$(PIP) --no-build-isolation --use-pep517 --editable ".[dev,video]"
+	$(PIP) --no-build-isolation --use-pep517 --editable ".[dev]"
 	@touch $@
 
 # --- for everybody -----------------------------------------------------------------------------
@@ -79,6 +79,7 @@ export: $(DEV)
 	$(TOOLS) nbdev_export
 	$(TOOLS) nbdev_clean
 	$(TOOLS) python tests/readme.py
+	find gs2d -name '*.nb[ic]' -delete  # compiled kernels do not notice a change in another module that they inline
 
 readme: $(DEV)
 	$(TOOLS) python tests/readme.py

@@ -10,7 +10,6 @@ config.read(here / "settings.ini", encoding="utf-8")
 project = config["DEFAULT"]
 
 statuses = ["1 - Planning", "2 - Pre-Alpha", "3 - Alpha", "4 - Beta", "5 - Production/Stable", "6 - Mature"]
-dev, video = project["dev_requirements"].split(), project["video_requirements"].split()
 
 setup(
     name=project["lib_name"],
@@ -35,7 +34,7 @@ setup(
     packages=find_packages(include=["gs2d", "gs2d.*"]),
     python_requires=">=" + project["min_python"],
     install_requires=project["requirements"].split(),
-    extras_require={"video": video, "dev": dev + video},
+    extras_require={"dev": project["dev_requirements"].split()},
     entry_points={
         "console_scripts": project["console_scripts"].split(),
         "nbdev": ["gs2d=gs2d._modidx:d"],  # lets nbdev link `names` in the docs of other projects

@@ -23,9 +23,10 @@ import torch
 
 import gs2d
 from gs2d.gaussians import Blend, Domain2D, Gaussians2D
+from gs2d.kernels import operators
 from gs2d.loss import l1_loss, l2_loss, ssim
 from gs2d.measure import visited_pairs
-from gs2d.renderer import WEIGHT_EPS, kernels_for, project, rasterize, render
+from gs2d.renderer import WEIGHT_EPS, project, rasterize, render
 
 HERE = Path(__file__).parent
 
@@ -280,7 +281,7 @@ def machine():
     if Path("/proc/cpuinfo").exists():
         name = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), name)
     return dict(cpu=name, cores=os.cpu_count(), threads=torch.get_num_threads(), system=platform.system(), python=platform.python_version(),
-                torch=torch.__version__, gs2d=gs2d.__version__, kernels=kernels_for("cpu", torch.float32) is not None)
+                torch=torch.__version__, gs2d=gs2d.__version__, kernels=bool(operators.available("cpu")))
 
 
 def print_table(title, rows):

@@ -5,9 +5,9 @@ __version__ = "0.1.0"
 import os
 import sys
 
-# OpenMP's threads spin while they wait for each other, and where something else is busy on the same cores, a browser say, that
-# makes a training step ten times slower. Asleep they lose nothing. PyTorch reads this while it is imported; where that has
-# happened already, gs2d.kernels.threads shortens the spinning in another way.
+# OpenMP's threads spin while they wait for each other, and where something else is busy on the same cores, a browser
+# say, that makes a training step ten times slower. Asleep they lose nothing. PyTorch reads this while it is imported;
+# where that has happened already, gs2d.kernels.threads shortens the spinning in another way.
 if "torch" not in sys.modules:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -26,9 +26,9 @@ load = Gaussians2D.load  # a scene from a file
 _AT_FIRST_USE = {"LiveTrainer": "show.panel", "record": "show.film"}  # they import ipywidgets, and what writes videos
 
 __all__ = [
-    "Blend", "DensifyConfig", "Domain2D", "ErrorGrowth", "Gaussians2D", "GroundTruth", "InitLevel", "L1SSIMLoss", "LRSchedule",
-    "LiveTrainer", "TrainConfig", "TrainResult", "Trainer", "draw_outlines", "fit_image", "initialize_scene", "l1_loss", "l2_loss",
-    "load", "project", "psnr", "rasterize", "record", "render", "ssim"]
+    "Blend", "DensifyConfig", "Domain2D", "ErrorGrowth", "Gaussians2D", "GroundTruth", "InitLevel", "L1SSIMLoss",
+    "LRSchedule", "LiveTrainer", "TrainConfig", "TrainResult", "Trainer", "draw_outlines", "fit_image",
+    "initialize_scene", "l1_loss", "l2_loss", "load", "project", "psnr", "rasterize", "record", "render", "ssim"]
 
 
 def __getattr__(name: str):

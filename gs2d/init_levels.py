@@ -109,7 +109,7 @@ def _draw(density: Tensor, n: int, generator: torch.Generator) -> Tensor:
 
 # %% ../nbs/03_init_levels.ipynb #beat4-tensor
 def _blur(maps: Tensor, radius: int) -> Tensor:
-    "(K, H, W) averages over squares of 2·radius + 1 pixels, cut off at the border: down the columns, then along the rows."
+    "(K, H, W) averages over squares of 2·radius + 1 pixels, cut off at the border: columns first, then rows."
     side = 2 * radius + 1
     columns = F.avg_pool2d(maps[None], (side, 1), 1, (radius, 0), count_include_pad=False)
     return F.avg_pool2d(columns, (1, side), 1, (0, radius), count_include_pad=False)[0]

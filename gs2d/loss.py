@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import checks
-from .renderer import kernels_for
+from .kernels import operators
 
 # %% ../nbs/04_loss.ipynb #beat1-check
 def _check_pair(image: Tensor, target: Tensor) -> None:
@@ -42,13 +42,12 @@ def _mean(values: Tensor) -> Tensor:
     return values.mean(dim=(1, 2)).mean()
 
 
-def _squared_error(image: Tensor, target: Tensor, clamp: bool = False) -> Tensor:
-    "Mean of (image - target)², by compiled kernels where there are any; with `clamp`, of both limited to [0, 1]."
-    slopes = target.requires_grad or (clamp and image.requires_grad)  # gradients that the kernels do not give
-    kernels = None if slopes else kernels_for(image.device, image.dtype)
-    if kernels:
-        return kernels.squared_error(image, target, clamp)
+def _squared_error(image: Tensor, target: Tensor, clamp: bool) -> Tensor:
+    "Mean of (image - target)²; with `clamp`, of both limited to [0, 1]."
     return _mean((image.clamp(0, 1) - target.clamp(0, 1) if clamp else image - target).square())
+
+
+operators.set_reference("squared_error", _squared_error)
 
 
 def l1_loss(
@@ -66,7 +65,7 @@ def l2_loss(
 ) -> Tensor:  # scalar, 0 for identical pictures
     "Mean squared error. A NaN in either picture gives NaN."
     _check_pair(image, target)
-    return _squared_error(image, target)
+    return operators.squared_error(image, target)
 
 # %% ../nbs/04_loss.ipynb #beat2-real
 def psnr(
@@ -75,7 +74,7 @@ def psnr(
 ) -> Tensor:  # scalar, decibels: higher is better, inf for identical pictures
     "Peak signal-to-noise ratio, 10 log₁₀(1 / L2): a score, not a loss. A NaN in either picture gives NaN."
     _check_pair(image, target)
-    return 10 * torch.log10(1 / _squared_error(image, target, clamp=True))
+    return 10 * torch.log10(1 / operators.squared_error(image, target, clamp=True))
 
 # %% ../nbs/04_loss.ipynb #beat3-constants
 SSIM_WINDOW = 11  # pixels on a side (Wang et al. 2004)
@@ -130,19 +129,28 @@ def ssim_map(
 
 # %% ../nbs/04_loss.ipynb #beat3-ssim
 def ssim(
-    image: Tensor,  # (H, W, C) nominally in [0, 1]; not clamped here
-    target: Tensor,  # (H, W, C)
+    image: Tensor,  # (H, W, C) the picture to score; clamped to [0, 1], as it would be when shown or saved
+    target: Tensor,  # (H, W, C) what it should look like; clamped too
     backend: str = "auto",  # "auto": compiled kernels where the device has them; "reference": the code above
 ) -> Tensor:  # scalar, at most 1, which means identical
     """Structural similarity (Wang et al. 2004), the mean of `ssim_map`: 11×11 window, σ = 1.5, data range 1.
 
-    A similarity, so more is better: train with 1 - ssim. A NaN in either picture gives NaN.
+    A score: more is better. Training takes `L1SSIMLoss`, which does not clamp. A NaN in either picture gives NaN.
     """
     _check_pair(image, target)
-    if backend not in ("auto", "reference"):
-        raise ValueError(f'backend: expected "auto" or "reference", got {backend!r}')
-    kernels = kernels_for(image.device, image.dtype) if backend == "auto" else None
-    return _mean(ssim_map(image, target)) if kernels is None else kernels.ssim(image, target)
+    image, target = image.clamp(0, 1), target.clamp(0, 1)
+    if checks.one_of("backend", backend, ("auto", "reference")) == "reference":
+        return _mean(ssim_map(image, target))
+    return 1 - operators.photometric(image, target, 0.0, 1.0)
+
+
+def _photometric(image: Tensor, target: Tensor, l1_weight: float, ssim_weight: float) -> Tensor:
+    "`l1_weight`·L1 + `ssim_weight`·(1 - SSIM); a part whose weight is 0 is not computed."
+    loss = l1_weight * _mean((image - target).abs()) if l1_weight else 0.0
+    return loss + ssim_weight * (1 - _mean(ssim_map(image, target))) if ssim_weight else loss
+
+
+operators.set_reference("image_loss", _photometric)
 
 # %% ../nbs/04_loss.ipynb #score-real
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of the five scales, finest first (Wang et al. 2003)
@@ -181,13 +189,11 @@ class L1SSIMLoss:
             raise ValueError("expected at least one weight above 0, got l1_weight = ssim_weight = 0")
 
     def __call__(self, image: Tensor, target: Tensor) -> Tensor:
-        "The loss, a scalar. A part whose weight is 0 is not computed; with compiled kernels, both are computed in one pass."
+        "The loss, a scalar. SSIM is not computed if its weight is 0; with compiled kernels, both take one pass."
+        if self.ssim_weight == 0:
+            return self.l1_weight * l1_loss(image, target)
         _check_pair(image, target)
-        kernels = kernels_for(image.device, image.dtype)
-        if kernels and self.l1_weight and self.ssim_weight and not target.requires_grad:
-            return kernels.photometric(image, target, self.l1_weight, self.ssim_weight)
-        loss = self.l1_weight * l1_loss(image, target) if self.l1_weight else 0.0
-        return loss + self.ssim_weight * (1 - ssim(image, target)) if self.ssim_weight else loss
+        return operators.photometric(image, target, self.l1_weight, self.ssim_weight)
 
 # %% ../nbs/04_loss.ipynb #names
 LOSSES = {"l1": l1_loss, "l2": l2_loss, "l1_ssim": L1SSIMLoss()}  # by the names that files and commands use

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from gs2d.gaussians import PARAMETER_NAMES, Gaussians2D
+from gs2d.gaussians import PARAMETER_NAMES, Blend, Gaussians2D
 from gs2d.ground_truth import GroundTruth
 from gs2d.init_levels import (
-    NOISE, START_OPACITY, START_SIZE, InitLevel, _draw, content_density, initialize_scene, parameter_error, picture_gradient)
-from gs2d.renderer import Blend, render
+    NOISE, START_OPACITY, START_SIZE, InitLevel, _draw, content_density, initialize_scene, parameter_error,
+    picture_gradient)
+from gs2d.renderer import render
 
 KNOWN = ("exact", "noisy", "positions_only")
 
@@ -22,7 +23,8 @@ def picture(height=40, width=50, **options):
 
 def image_error(scene, truth):
     with torch.no_grad():
-        return (render(scene, truth.height, truth.width, truth.blend, truth.background) - truth.image).abs().mean().item()
+        image = render(scene, truth.height, truth.width, truth.blend, truth.background)
+    return (image - truth.image).abs().mean().item()
 
 
 @pytest.mark.parametrize("blend", list(Blend))
@@ -116,8 +118,8 @@ def test_additive_starts_show_about_the_picture_they_were_meant_to(background):
     grey = GroundTruth.from_image(np.full((48, 48), 0.5), background=background, blend="additive")
     inside = slice(8, -8)  # at the border a part of every Gaussian is lost
     for level in ("random", "content"):
-        means = [render(initialize_scene(grey, level, 400, seed=s), 48, 48, "additive", background)[inside, inside].mean((0, 1))
-                 for s in range(5)]
+        starts = [initialize_scene(grey, level, 400, seed=s) for s in range(5)]
+        means = [render(start, 48, 48, "additive", background)[inside, inside].mean((0, 1)) for start in starts]
         mean, back = torch.stack(means).mean(0).detach(), torch.tensor(background)
         # the best share of ink shows 2πk² / (2πk² + ½) of the way from the background to grey
         way = 2 * math.pi * START_SIZE**2 / (2 * math.pi * START_SIZE**2 + 0.5)
@@ -203,7 +205,8 @@ def test_content_of_odd_pictures(shape, n):
         scene = initialize_scene(GroundTruth.from_image(image), "content", n)
         assert len(scene) == n and all(p.isfinite().all() for p in scene.parameters())
         means = scene.means.detach()
-        assert (means[:, 0].abs() <= scene.domain.x_dim[1]).all() and (means[:, 1].abs() <= scene.domain.y_dim[1] + 1e-6).all()
+        assert (means[:, 0].abs() <= scene.domain.x_dim[1]).all()
+        assert (means[:, 1].abs() <= scene.domain.y_dim[1] + 1e-6).all()
 
 
 # ── what goes wrong ───────────────────────────────────────────────────────────
@@ -230,9 +233,45 @@ def test_levels_for_pictures_need_a_number(level):
             initialize_scene(picture(), level, n)
 
 
+@pytest.mark.parametrize("background", [(0.0, 0.0, 0.0), (0.2, 0.4, 0.6)])
+@pytest.mark.parametrize("blend", list(Blend))
+@pytest.mark.parametrize("level", list(InitLevel))
+def test_a_start_is_meant_to_look_as_the_ground_truth_does(level, blend, background):
+    truth = GroundTruth.random(6, 16, 16, blend=blend, background=background)
+    scene = initialize_scene(truth, level)
+    assert (scene.blend, scene.background) == (blend, background)
+    if level == InitLevel.EXACT:
+        with torch.no_grad():
+            assert torch.equal(render(scene, 16, 16), truth.image)
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.int32, np.uint8])
+def test_numpy_integers_are_integers(integer):
+    truth = picture()
+    a, b = (initialize_scene(truth, "content", kind(9), seed=kind(4)) for kind in (int, integer))
+    assert len(a) == len(b) == 9 and all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
+
+
+@pytest.mark.parametrize("level", ["random", "content"])
+@pytest.mark.parametrize("n", [True, np.True_, 2.0, np.float64(2), "2"])
+def test_what_is_no_whole_number_is_refused(level, n):
+    with pytest.raises(TypeError, match="n_gaussians: expected a whole number, got"):
+        initialize_scene(picture(), level, n)
+
+
+@pytest.mark.parametrize("level", list(InitLevel))
+@pytest.mark.parametrize("seed, error", [
+    (-1, ValueError), (2**63, ValueError), (True, TypeError), (np.False_, TypeError), (0.0, TypeError),
+    (None, TypeError)])
+def test_seeds_are_checked(level, seed, error):
+    with pytest.raises(error, match="seed: expected a whole number"):
+        initialize_scene(GroundTruth.random(3, 8, 8), level, seed=seed)
+    initialize_scene(GroundTruth.random(3, 8, 8), level, seed=2**63 - 1)
+
+
 @pytest.mark.parametrize("level", ["perfect", None, 3])
 def test_unknown_levels_name_the_known_ones(level):
-    with pytest.raises(ValueError, match="exact, noisy, positions_only, random, content"):
+    with pytest.raises(ValueError, match="'exact', 'noisy', 'positions_only', 'random', 'content', got"):
         initialize_scene(picture(), level, 3)
 
 
@@ -256,7 +295,8 @@ def test_errors_are_root_mean_squares():
     scene = Gaussians2D(
         torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.tensor([[0.2, 0.2], [0.0, 0.0]]), torch.tensor([0.3, -0.4]),
         torch.tensor([1.0, -1.0]), torch.tensor([[0.3, 0.0, 0.0], [0.0, 0.0, 0.0]]))
-    expected = dict(means=2.5, log_scales=math.sqrt(0.02), rotations=math.sqrt(0.125), opacity_logits=1.0, colors=math.sqrt(0.015))
+    expected = dict(means=2.5, log_scales=math.sqrt(0.02), rotations=math.sqrt(0.125), opacity_logits=1.0,
+                    colors=math.sqrt(0.015))
     assert parameter_error(scene, truth) == pytest.approx(expected, abs=1e-6)
 
 

@@ -46,19 +46,25 @@ def photographs():
     }
 
 
+def shown(*pictures):
+    "As they would be shown: the scores clamp."
+    return (picture.clamp(0, 1) for picture in pictures)
+
+
 def by_scikit(image, target):
+    image, target = shown(image, target)
     options = dict(gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1.0, channel_axis=-1)
     return structural_similarity(image.detach().numpy(), target.detach().numpy(), **options).item()
 
 
 def by_msssim(image, target):
-    image, target = (picture.permute(2, 0, 1)[None] for picture in (image, target))
+    image, target = (picture.permute(2, 0, 1)[None] for picture in shown(image, target))
     return torch_oracle(image, target, data_range=1.0, win_size=11, win_sigma=1.5).item()
 
 
 def by_loops(image, target):
     "SSIM from its definition, window by window, for pictures of any size."
-    image, target = image.numpy(), target.numpy()
+    image, target = (picture.numpy() for picture in shown(image, target))
     height, width, channels = image.shape
     size = max(k for k in range(1, 12, 2) if k <= min(height, width))
     x = np.arange(size) - size // 2
@@ -128,7 +134,7 @@ def test_the_map_covers_the_valid_region_and_its_mean_is_the_score():
     image, target = pair((20, 17, 3))
     values = ssim_map(image, target)
     assert values.shape == (10, 7, 3)
-    assert_close(values.mean(), ssim(image, target))
+    assert_close(ssim_map(*shown(image, target)).mean(), ssim(image, target))
     assert ssim_map(*pair((6, 9, 2))).shape == (2, 5, 2)
 
 
@@ -229,11 +235,19 @@ def test_symmetric(function):
     assert_close(function(image, target), function(target, image))
 
 
+@pytest.mark.parametrize("score", [psnr, ssim])
+def test_scores_are_those_of_the_picture_that_is_shown(score):
+    image, target = pair((20, 17, 3))
+    assert image.amax() > 1 or image.amin() < 0
+    assert_close(score(image, target), score(*shown(image, target)), rtol=0, atol=0)
+    assert_close(score(image + (image > 1), target), score(image, target), rtol=0, atol=0)  # brighter than white is white
+
+
 # L1SSIMLoss
 
 def test_the_mixture_is_the_weighted_sum():
     image, target = pair((17, 13, 3))
-    l1, structure = l1_loss(image, target), 1 - ssim(image, target)
+    l1, structure = l1_loss(image, target), 1 - ssim_map(image, target).mean()  # a loss does not clamp
     assert L1SSIMLoss() == L1SSIMLoss(0.15, 0.85)
     assert_close(L1SSIMLoss()(image, target), 0.15 * l1 + 0.85 * structure)
     assert_close(L1SSIMLoss(0.8, 0.2)(image, target), 0.8 * l1 + 0.2 * structure)
@@ -289,7 +303,7 @@ def test_pictures_that_cannot_be_compared(function, image, target, error, says):
 
 
 def test_an_unknown_backend_is_named():
-    with pytest.raises(ValueError, match='expected "auto" or "reference", got \'fast\''):
+    with pytest.raises(ValueError, match="expected one of 'auto', 'reference', got 'fast'"):
         ssim(*pair((12, 12, 3)), backend="fast")
 
 

@@ -6,7 +6,7 @@
 __all__ = ['write_checkpoint', 'read_checkpoint']
 
 # %% ../../nbs/workshop/checkpoints.ipynb #export-imports
-# The format is safetensors: named tensors, and metadata that is text. Unlike a pickle it cannot run code when it is read.
+# The format is safetensors: named tensors, and metadata that is text. Unlike a pickle it runs no code when it is read.
 # This module does not know what a trainer is.
 import json
 import os

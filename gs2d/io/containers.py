@@ -26,8 +26,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..checks import number
-from ..ground_truth import load_picture, to_pil
 from .files import default_mode
+from .pictures import load_picture, pictures_in, to_pil
 
 # %% ../../nbs/workshop/containers.ipynb #beat1-frame
 def as_frame(picture) -> np.ndarray:
@@ -39,23 +39,12 @@ def as_frame(picture) -> np.ndarray:
         return np.array(to_pil(picture).convert("RGB"))
     return np.array(to_pil(load_picture(picture)))
 
-# %% ../../nbs/workshop/containers.ipynb #beat1-order
-def _numeric_order(path: Path) -> list:
-    "A sorting key under which frame2 comes before frame10."
-    return [int(part) if k % 2 else part for k, part in enumerate(re.split(r"([0-9]+)", path.name))]
-
 # %% ../../nbs/workshop/containers.ipynb #beat1-saved
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-
-
 def saved_frames(folder: Path) -> list[Path]:
     "The pictures of a folder, in the order of the numbers in their names."
     if not folder.is_dir():
         raise FileNotFoundError(f"expected a folder of pictures, got {folder}")
-    found = [path for path in folder.iterdir() if path.suffix.lower() in _PICTURES and not path.name.startswith(".")]
-    if not found:
-        raise ValueError(f"{folder}: expected pictures ({', '.join(_PICTURES)}), got none")
-    return sorted(found, key=_numeric_order)
+    return pictures_in(folder)
 
 # %% ../../nbs/workshop/containers.ipynb #beat3-even
 def _even(frame: np.ndarray) -> np.ndarray:

@@ -24,7 +24,7 @@ def atomic_write(
     path: str | os.PathLike,  # the file to write; an existing one is replaced
     data: bytes,
 ) -> Path:
-    "Write `data` under a temporary name beside `path`, then rename: afterwards the file is the old one or the new one, never half."
+    "Write `data` under a temporary name beside `path`, then rename: afterwards it is the old file or the new one."
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"expected an existing folder for {path.name}, got {path.parent}")

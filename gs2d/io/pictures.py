@@ -200,7 +200,7 @@ def save_picture(
 
 # %% ../../nbs/workshop/pictures.ipynb #straight-alpha
 def straight_alpha(
-    image: Tensor,  # (H, W, 4) alpha times colour, and alpha; an image of another number of channels is returned as it is
+    image: Tensor,  # (H, W, 4) alpha times colour, and alpha; other numbers of channels come back as they are
 ) -> Tensor:  # (H, W, 4) colour and alpha, as picture files store them
     "Undo the multiplication with alpha; where less than one grey level is covered, the colour is black."
     if image.shape[-1] != 4:
@@ -218,7 +218,7 @@ def pictures_in(folder: str | os.PathLike) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"expected a folder with pictures, got {folder}")
-    found = natsorted((path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES), key=lambda path: path.name)
+    found = [path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES and path.name[0] != "."]
     if not found:
         raise ValueError(f"{folder}: expected pictures ({', '.join(PICTURE_SUFFIXES)}), got none")
-    return found
+    return natsorted(found, key=lambda path: path.name)

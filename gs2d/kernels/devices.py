@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from ..renderer import KERNELS
+from .operators import KERNELS
 
 # %% ../../nbs/workshop/devices.ipynb #device-real
 _told = set()  # what has been said once

@@ -48,7 +48,7 @@ def draw_frame(
     layout: Layout | str = Layout.RENDER,
     caption: bool = True,  # step, loss, PSNR and number of Gaussians, of the picture that is shown
     curve: bool = True,  # the loss so far
-    scale: int | None = None,  # video pixels across a pixel of the picture; None enlarges small ones until the text fits
+    scale: int | None = None,  # video pixels across a pixel of the picture; None enlarges small ones
 ) -> np.ndarray:  # (H, W, 3) uint8, RGB
     "One frame: the trainer as it is now. The plain render, without caption and curve, is the picture pixel for pixel."
     truth, layout = trainer.ground_truth, member("layout", layout, Layout)
@@ -97,7 +97,7 @@ class VideoRecorder:
 
     @property
     def size(self) -> tuple[int, int] | None:
-        "(height, width) of the video in pixels, None before the first frame. In .webm and .mp4, odd sizes are rounded up."
+        "(height, width) of the video in pixels, None before a frame is added. In .webm and .mp4, they are even."
         return self._file.size
 
     def add(self, trainer: Trainer) -> bool:
@@ -169,7 +169,7 @@ def film(
     curve: bool = True,
     scale: int | None = None,
 ) -> Bystander:
-    "A wrapper for one run: passes every record on and films the trainer, from before the first step to where it ends."
+    "A wrapper for one run: passes every record on, and films the trainer from before the first step to the end."
     recorder = VideoRecorder(path, every, fps, layout, caption, curve, scale)
 
     def wrap(trainer: Trainer, records: Iterator[StepRecord]) -> Iterator[StepRecord]:

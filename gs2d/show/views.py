@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..checks import member
 from ..gaussians import Gaussians2D, draw_outlines
-from ..ground_truth import to_pil
+from ..io.pictures import to_pil
 from ..renderer import Blend, project, rasterize
 
 # %% ../../nbs/workshop/views.ipynb #overlay-real
