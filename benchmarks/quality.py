@@ -21,16 +21,13 @@ from torch.nn import functional as F
 
 from gs2d import renderer
 from gs2d import train as training
-from gs2d.densify import DensifyStrategy
-from gs2d.fit import (
-    PUBLISHED, FitTrainer, bench, bench_csv, bench_row, bench_table, fit_config, fit_image, fit_trainer, photo_target, pictures_in,
-    rate_quality)
-from gs2d.gaussians import covariances
-from gs2d.ground_truth import GroundTruth
+from gs2d.densify import DensifyConfig
+from gs2d.fit import fit_config, fit_image, photo_target
+from gs2d.gaussians import Blend, covariances
 from gs2d.init_levels import InitLevel
-from gs2d.loss import L1SSIMLoss, l2_loss
-from gs2d.renderer import Blend
-from gs2d.train import LRSchedule, run
+from gs2d.io.pictures import pictures_in
+from gs2d.measure import PUBLISHED, bench, bench_csv, bench_row, bench_table, rate_quality
+from gs2d.train import LRSchedule, Trainer, make_trainer, run
 
 HERE = Path(__file__).parent
 TABLE = [(5_000, 2_000), (9_000, 1_200), (10_000, 3_000), (10_000, 8_000), (30_000, 1_500)]  # Gaussians, steps
@@ -49,21 +46,28 @@ def bench_main(pictures, options):
     return rows
 
 
+def _grown_by_gradient(config):
+    "The same start and as many rounds, but by clone and split, those that are pulled hardest first."
+    growth = config.densify
+    pull = DensifyConfig(
+        every_n_steps=max(1, int(growth.stop_fraction * config.n_iterations / growth.rounds)), grad_threshold=0.0,
+        max_gaussians=growth.max_gaussians, stop_fraction=growth.stop_fraction)
+    return replace(config, n_gaussians=growth.n_start(config.n_gaussians), densify=pull)
+
+
 def _removals(config):
     "What the recipe is without one of its ingredients: name -> configuration."
-    n = config.densify.max_gaussians
-    pull = replace(config.densify, strategy=DensifyStrategy.GRADIENT, grad_threshold=0.0)
     return {
         "the whole recipe": config,
-        "all Gaussians from the start": replace(config, n_gaussians=n, densify=None),
-        "growth by gradient, not by error": replace(config, densify=pull),
+        "all Gaussians from the start": replace(config, densify=None),
+        "growth by gradient, not by error": _grown_by_gradient(config),
         "random start": replace(config, init_level=InitLevel.RANDOM),
         "one rate for all parameters": replace(config, lr_scale={}),
         "cosine schedule": replace(config, lr_schedule=LRSchedule.COSINE),
         "constant rate": replace(config, lr_schedule=LRSchedule.CONSTANT),
         "Adam's usual β₂ = 0.999": config,
         "sum, not average": replace(config, blend=Blend.ADDITIVE),
-        "L1 + SSIM, not squared error": replace(config, loss=L1SSIMLoss()),
+        "L1 + SSIM, not squared error": replace(config, loss="l1_ssim"),
     }
 
 
@@ -93,7 +97,7 @@ def bench_ablation(pictures, options):
         for name, config in removals.items():
             betas = (0.9, 0.999) if "β₂" in name else training.ADAM_BETAS
             with patch.object(training, "ADAM_BETAS", betas):
-                _fit_and_print(path, name, fit_trainer(truth, config), scores)
+                _fit_and_print(path, name, make_trainer(config, ground_truth=truth), scores)
     return _print_changes(scores, options)
 
 
@@ -120,12 +124,12 @@ def _to_cholesky(scene):
 def _coarse_first(truth, config, share=0.3):
     "A trainer whose first steps were taken on the picture at half its size."
     half = F.avg_pool2d(truth.image.permute(2, 0, 1)[None], 2)[0].permute(1, 2, 0)
-    coarse = fit_trainer(GroundTruth(half.contiguous(), None, truth.domain, truth.blend, truth.background), config)
-    while coarse.steps_done < share * config.n_iterations:
+    coarse = make_trainer(config, ground_truth=replace(truth, image=half.contiguous()))
+    while coarse.progress < share:
         coarse.step()
-    fine = FitTrainer(truth, coarse.scene, config)
-    fine.scene, fine.optimizer, fine.densification = coarse.scene, coarse.optimizer, coarse.densification
-    fine.generator, fine.history, fine.steps_done = coarse.generator, coarse.history, coarse.steps_done
+    fine = Trainer(truth, coarse.scene, config)  # goes on with all that the next step depends on
+    for name in ("scene", "optimizer", "densification", "steps_done", "seconds_spent", "history"):
+        setattr(fine, name, getattr(coarse, name))
     return fine
 
 
@@ -142,16 +146,16 @@ def bench_alternatives(pictures, options):
     for path in pictures:
         truth = photo_target(path, options.max_side)
         config = fit_config(truth.height, truth.width, options.n, options.steps)
-        _fit_and_print(path, "the whole recipe", fit_trainer(truth, config), scores)
+        _fit_and_print(path, "the whole recipe", make_trainer(config, ground_truth=truth), scores)
         for name, make in optimizers.items():
             with patch.object(training, "make_optimizer", make):
-                _fit_and_print(path, name, fit_trainer(truth, config), scores)
+                _fit_and_print(path, name, make_trainer(config, ground_truth=truth), scores)
         with patch.object(renderer, "conics", _cholesky_conics):
-            trainer = fit_trainer(truth, config)
+            trainer = make_trainer(config, ground_truth=truth)
             _to_cholesky(trainer.scene)
             _fit_and_print(path, "Cholesky factor, not scales and rotation", trainer, scores)
         faint = replace(config, densify=replace(config.densify, opacity_threshold=0.05))
-        _fit_and_print(path, "the faintest moved in every round", fit_trainer(truth, faint), scores)
+        _fit_and_print(path, "the faintest moved in every round", make_trainer(faint, ground_truth=truth), scores)
         _fit_and_print(path, "half the size for 30 % of the steps", _coarse_first(truth, config), scores)
     return _print_changes(scores, options)
 
@@ -161,10 +165,11 @@ def bench_losses(pictures, options):
     from pytorch_msssim import ms_ssim as peer
 
     rows = []
-    for name, loss in {"l2": l2_loss, "l1_ssim": L1SSIMLoss()}.items():
+    for name in ("l2", "l1_ssim"):
         mine = []
         for path in pictures:
-            result = fit_image(path, options.n, max_side=options.max_side, blend=options.blend, seconds=options.seconds, loss=loss, progress=False)
+            result = fit_image(
+                path, options.n, max_side=options.max_side, blend=options.blend, seconds=options.seconds, loss=name, progress=False)
             planes = [image.permute(2, 0, 1)[None].clamp(0, 1) for image in (result.image, result.ground_truth.image)]
             mine.append(bench_row(path.stem, result) | {"loss": name, "pytorch_msssim": peer(*planes, data_range=1.0).item()})
             print(name, {key: mine[-1][key] for key in ("picture", "psnr", "ssim", "ms_ssim", "pytorch_msssim", "seconds", "steps")}, flush=True)

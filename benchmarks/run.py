@@ -22,11 +22,11 @@ import numpy as np
 import torch
 
 import gs2d
-from gs2d.fit import visited_pairs
-from gs2d.gaussians import Domain2D, Gaussians2D
+from gs2d.gaussians import Blend, Domain2D, Gaussians2D
 from gs2d.kernels import operators
 from gs2d.loss import l1_loss, l2_loss, ssim
-from gs2d.renderer import WEIGHT_EPS, Blend, project, rasterize, render
+from gs2d.measure import visited_pairs
+from gs2d.renderer import WEIGHT_EPS, project, rasterize, render
 
 HERE = Path(__file__).parent
 

@@ -8,7 +8,7 @@ __all__ = ['PIXELS_PER_GAUSSIAN', 'STEPS_FOR_A_PHOTO', 'MAX_SIDE', 'FEWEST', 'MO
            'fit_config', 'photo_target', 'fit_image']
 
 # %% ../nbs/10_fit_a_photo.ipynb #export-imports
-# A thin composition: fit_config chooses the settings, a Trainer does the work. There is no training loop here, and no trainer.
+# A thin composition: fit_config chooses the settings, a Trainer does the work. There is no training loop here.
 import math
 import sys
 from enum import Enum
@@ -84,12 +84,13 @@ GROWTH_END = 0.5  # the fraction of the run after which nothing grows any more
 
 
 def _growth(n_gaussians: int, steps: int | None) -> ErrorGrowth | None:
-    "The rounds that multiply a fifth of the Gaussians by the same factor each time until all are there; None for a single step."
+    "Rounds that multiply a fifth of the Gaussians by the same factor until all are there; None for a single step."
     rounds = GROWTH_ROUNDS if steps is None else min(GROWTH_ROUNDS, int(GROWTH_END * steps))
     if rounds == 0:
         return None
     factor = (n_gaussians / math.ceil(START_SHARE * n_gaussians)) ** (1 / max(1, rounds - 1))  # one round to spare
-    return ErrorGrowth(max_gaussians=n_gaussians, rounds=rounds, growth=factor - 1, start_share=START_SHARE, stop_fraction=GROWTH_END)
+    return ErrorGrowth(
+        max_gaussians=n_gaussians, rounds=rounds, growth=factor - 1, start_share=START_SHARE, stop_fraction=GROWTH_END)
 
 # %% ../nbs/10_fit_a_photo.ipynb #beat5-config
 def fit_config(
@@ -104,12 +105,14 @@ def fit_config(
     quality: Quality | str = Quality.GOOD,
     seconds: float | None = None,  # a time budget, instead of steps
 ) -> TrainConfig:
-    """The configuration that `fit_image` trains with: read it, change it with `dataclasses.replace`, give it to `train`.
+    """The configuration that `fit_image` trains with: print it, `dataclasses.replace` a field, give it to `train`.
 
     While the fit grows it minimises the squared error, and `loss` from then on.
     """
-    checks.image_size(height, width)
-    n_gaussians = default_n_gaussians(height, width, quality) if n_gaussians is None else checks.whole("n_gaussians", n_gaussians)
+    height, width = checks.image_size(height, width)
+    if n_gaussians is None:
+        n_gaussians = default_n_gaussians(height, width, quality)
+    n_gaussians = checks.whole("n_gaussians", n_gaussians)
     steps = STEPS_FOR_A_PHOTO[Quality(quality)] if steps is None else checks.whole("steps", steps)
     return TrainConfig(
         n_gaussians=n_gaussians, height=height, width=width, n_iterations=steps, seconds=seconds, lr=LEARNING_RATE,
@@ -132,7 +135,7 @@ def photo_target(
     black, white = (load_picture(picture, max_side, (level,) * 3) for level in (0.0, 1.0))
     covered = 1 - (white - black).mean(-1, keepdim=True).clamp(0, 1)
     domain = Domain2D.for_image(*black.shape[:2])
-    return GroundTruth(torch.cat([black, covered], -1), None, domain, Blend(blend), (0.0, 0.0, 0.0, 0.0))
+    return GroundTruth(torch.cat([black, covered], -1), None, domain, blend, (0.0, 0.0, 0.0, 0.0))
 
 # %% ../nbs/10_fit_a_photo.ipynb #beat5-fit
 def fit_image(
@@ -155,8 +158,8 @@ def fit_image(
     """Fit Gaussians to a photograph, with defaults that suit one.
 
     The same arguments give the same bytes on the same machine's CPU, except with `seconds`. Ctrl-C, or the notebook's
-    interrupt button, ends it early with what was reached. `target_psnr` takes several fits. A GroundTruth is taken as it
-    is, whatever `max_side`, `background` and `alpha` say.
+    interrupt button, ends it early with what was reached. `target_psnr` takes several fits. A GroundTruth is taken as
+    it is, whatever `max_side`, `background` and `alpha` say.
     Raises FileNotFoundError, TypeError or ValueError saying what was expected and what came.
     """
     checks.only_one(seconds=seconds, steps=steps)

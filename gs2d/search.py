@@ -6,10 +6,11 @@
 __all__ = ['SCOUTS', 'SCOUT_LOSS', 'SLOPE', 'CLOSE', 'fewest_gaussians']
 
 # %% ../nbs/workshop/search.ipynb #export-imports
-# Nothing here knows what is fitted, or how: `fit` is a function of a number of Gaussians and a number of steps, and what it
-# returns has the attributes `psnr` and `interrupted`, as `gs2d.train.TrainResult` has.
+# Nothing here knows what is fitted, or how: `fit` is a function of a number of Gaussians and a number of steps, and
+# what it returns is a dataclass that knows `psnr` and `interrupted`, as `gs2d.train.TrainResult` does.
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 from . import checks
 
@@ -44,15 +45,19 @@ def fewest_gaussians(
     steps: int,  # of a whole fit
     first: int,  # the number of Gaussians to begin with
     most: int,  # and the most that there may be
-    tell: Callable[[str], None] = lambda line: None,  # is told about every fit
+    tell: Callable[[str], None] = lambda line: None,  # is told about every fit that came to its end
 ):  # what `fit` returned for that number
-    "The fit that reaches the target with about the fewest Gaussians. ValueError if `most` of them do not."
+    """The fit that reaches the target with about the fewest Gaussians. ValueError if `most` of them do not.
+
+    A fit that was interrupted ends the search with the best so far, which then says that it was interrupted.
+    """
     target_psnr = checks.number("target_psnr", target_psnr, highest=100, above=True)
 
     def attempt(n: int, steps: int, kind: str):
         result = fit(n, steps)
         reached = min(result.psnr, 100.0)  # infinity has no slope
-        tell(f"{kind} with {n:,} Gaussians: {reached:.2f} dB")
+        if not result.interrupted:
+            tell(f"{kind} with {n:,} Gaussians: {reached:.2f} dB")
         return result, reached
 
     line, n = _Line(), first
@@ -66,7 +71,7 @@ def fewest_gaussians(
     while high - low > max(1, high // 100):
         result, reached = attempt(n, steps, "a whole fit")
         if result.interrupted:
-            return best or result
+            return replace(best or result, interrupted=True)
         if reached < target_psnr:
             low = n
         else:
@@ -76,5 +81,6 @@ def fewest_gaussians(
         line.add(n, reached)
         n = min(max(line.where(target_psnr + CLOSE / 2), low + 1), high - 1)
     if best is None:
-        raise ValueError(f"target_psnr: expected at most {reached:.1f} dB, which {low:,} Gaussians reach here, got {target_psnr}")
+        reachable = f"{reached:.1f} dB, which {low:,} Gaussians reach here"
+        raise ValueError(f"target_psnr: expected at most {reachable}, got {target_psnr}")
     return best

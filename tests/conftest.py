@@ -26,3 +26,9 @@ def make_scene(n=7, seed=0, domain=Domain2D(), channels=3, **look):
 def colors(height=6, width=8, channels=3, seed=0):
     "A random picture of 8 bits."
     return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+def smooth_picture(height=20, width=26, seed=0):
+    "(H, W, 3) a smooth random picture in [0, 1]."
+    coarse = torch.rand(1, 3, 5, 6, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")[0].permute(1, 2, 0).contiguous()

@@ -19,12 +19,17 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import gs2d.cli
+import gs2d.fit
 from gs2d import __version__
 from gs2d.cli import main
-from gs2d.densify import DensifyConfig
+from gs2d.commands import fits, shared
+from gs2d.densify import DensifyConfig, ErrorGrowth
 from gs2d.gaussians import Domain2D, Gaussians2D
-from gs2d.train import TrainConfig
+from gs2d.io.containers import read_frames
+from gs2d.loss import L1SSIMLoss, l1_loss, l2_loss
+from gs2d.train import TrainConfig, Trainer
 
+COMMANDS = ["fit", "bench", "train", "render", "info"]
 SIX = ["comparison.png", "history.csv", "metrics.json", "render.png", "scene.json", "target.png"]
 
 
@@ -75,9 +80,9 @@ QUICK = ("--steps", 3, "--n-gaussians", 6, "--device", "cpu", "-q")
 def test_version_and_help():
     assert succeeds("--version").stdout == f"gs2d {__version__}\n"
     for arguments in ((), ("--help",)):
-        assert "Examples:" in succeeds(*arguments).stdout
-    for command in ("fit", "bench", "train", "render", "info"):
-        assert "Example" in succeeds(command, "--help").stdout
+        assert all(command in succeeds(*arguments).stdout for command in COMMANDS)
+    for command in COMMANDS:
+        assert "--help" in succeeds(command, "--help").stdout
 
 
 def test_fit_writes_six_files_and_says_where(tmp_path):
@@ -156,7 +161,7 @@ def test_runs_within_one_second_get_folders_of_their_own(monkeypatch):
             import datetime
             return datetime.datetime(2026, 1, 2, 3, 4, 5)
 
-    monkeypatch.setattr(gs2d.cli, "datetime", Stopped)
+    monkeypatch.setattr(shared, "datetime", Stopped)
     for _ in range(3):
         succeeds("fit", picture(), *QUICK)
     assert sorted(path.name for path in Path("gs2d-out").iterdir()) == [f"2026-01-02_03-04-05{k}" for k in ("", "-2", "-3")]
@@ -169,9 +174,8 @@ def test_progress_goes_to_stderr_and_quiet_is_quiet():
 
 
 def test_fit_and_train_are_filmed():
-    from gs2d.io.containers import read_frames
-
-    for command in (["fit", picture(), "--steps", 3, "--video", "fit.webm"], ["train", "--steps", 3, "--n-gaussians", 3, "--height", 24, "--width", 32, "--video", "train.gif"]):
+    for command in (["fit", picture(), "--steps", 3, "--video", "fit.webm"],
+                    ["train", "--steps", 3, "--n-gaussians", 3, "--height", 24, "--width", 32, "--video", "train.gif"]):
         assert command[-1] in succeeds(*command, "--quiet").stdout
         assert len(list(read_frames(command[-1]))) >= 2
 
@@ -190,17 +194,46 @@ def test_train_on_a_synthetic_scene():
 
 
 def test_options_of_train_make_a_config():
-    made = gs2d.cli._train_config(dict(lr=0.5, lr_scale=["means=0.5"], l1_weight=0.7, densify_growth=0.1, compile="false", quiet=True, out=None))
-    assert made == TrainConfig(lr=0.5, lr_scale={"means": 0.5}, loss=made.loss, densify=DensifyConfig(growth=0.1), compile=False)
-    assert (made.loss.l1_weight, made.loss.ssim_weight) == (0.7, 0.85)
-    assert gs2d.cli._train_config({}) == TrainConfig()
-    assert gs2d.cli._train_config(dict(densify=False, densify_growth=0.1)).densify is None
-    assert gs2d.cli._train_config(dict(densify=True)).densify == DensifyConfig()
+    made = fits._train_config(dict(lr=0.5, lr_scale=["means=0.5"], l1_weight=0.7, densify_clone_shift=0.1, compile="false", quiet=True, out=None))
+    growth = DensifyConfig(clone_shift=0.1)
+    assert made == TrainConfig(lr=0.5, lr_scale={"means": 0.5}, loss=L1SSIMLoss(l1_weight=0.7), densify=growth, compile=False)
+    assert fits._train_config({}) == TrainConfig()
+    assert fits._train_config(dict(densify=False, densify_clone_shift=0.1)).densify is None
+    assert fits._train_config(dict(densify=True)).densify == fits._train_config(dict(densify_strategy="gradient")).densify == DensifyConfig()
+    assert fits._train_config(dict(seconds=2.0, growing_loss="l2")) == TrainConfig(seconds=2.0, growing_loss=l2_loss)
+
+
+@pytest.mark.parametrize("name, loss", [("l1", l1_loss), ("l2", l2_loss), ("l1_ssim", L1SSIMLoss()), ("l1_loss", l1_loss), ("l2_loss", l2_loss)])
+def test_a_loss_has_one_name_in_every_command(name, loss):
+    assert fits._train_config(dict(loss=name)).loss == loss
+    succeeds("train", "--loss", name, "--n-gaussians", 3, "--height", 12, "--width", 12, "--steps", 2, "--device", "cpu", "-q")
+    if not name.endswith("_loss"):
+        Path("pictures").mkdir()
+        succeeds("fit", picture("pictures/one.png"), *QUICK, "--loss", name)
+        succeeds("bench", "pictures", "--n-gaussians", 3, "--steps", 2, "--device", "cpu", "--loss", name)
+
+
+def test_growth_by_error_has_options_of_its_own():
+    made = fits._train_config(dict(densify_strategy="error", densify_rounds=3, densify_growth=0.1, densify_start_share=0.5))
+    assert made.densify == ErrorGrowth(rounds=3, growth=0.1, start_share=0.5)
+    succeeds("train", "--n-gaussians", 8, "--height", 12, "--width", 16, "--steps", 8, "--device", "cpu", "-q", "--out", "out",
+             "--densify-strategy", "error", "--densify-rounds", 2, "--densify-start-share", 0.5, "--densify-max-gaussians", 8)
+    rows = Path("out/history.csv").read_text().splitlines()[1:]
+    assert [int(row.split(",")[4]) for row in rows] == [4, 6, 6, 8, 8, 8, 8, 8]
+
+
+@pytest.mark.parametrize("options, expected", [
+    (["--densify-growth", 0.1], "--densify-growth: expected it with --densify-strategy error, got it with gradient"),
+    (["--densify-rounds", 3, "--densify-strategy", "gradient"], "--densify-rounds: expected it with --densify-strategy error"),
+    (["--densify-every-n-steps", 3, "--densify-strategy", "error"], "--densify-every-n-steps: expected it with --densify-strategy gradient, got it with error"),
+])
+def test_an_option_of_the_other_strategy_is_refused(options, expected):
+    assert expected in fails("train", *options)
 
 
 def test_every_field_is_an_option_with_its_default_in_the_help():
     text = " ".join(succeeds("train", "--help").stdout.split("Options:")[1].split())
-    for kind, prefix in ((TrainConfig, "--"), (DensifyConfig, "--densify-")):
+    for kind, prefix in ((TrainConfig, "--"), (DensifyConfig, "--densify-"), (ErrorGrowth, "--densify-")):
         for field in dataclasses.fields(kind):
             option = prefix + field.name.replace("_", "-")
             said = re.search(rf"{option}(?![\w-])[^\[]*\[([^\]]*)\]", text)
@@ -208,6 +241,8 @@ def test_every_field_is_an_option_with_its_default_in_the_help():
             if isinstance(field.default, (int, float, str)):
                 default = getattr(field.default, "value", field.default)
                 assert said[1] == (default if isinstance(default, str) else f"{default:g}"), option
+    taken = {name for name in re.findall(r"--densify-([\w-]+)", text)} - {"strategy"}
+    assert taken == {field.name.replace("_", "-") for kind in (DensifyConfig, ErrorGrowth) for field in dataclasses.fields(kind)}
 
 
 def test_defaults_in_the_help_of_fit_are_those_of_the_library():
@@ -292,7 +327,8 @@ def test_options_of_fit_that_make_no_sense(options, expected):
     (["--lr-scale", "means"], "--lr-scale: expected"), (["--lr-scale", "mean=1"], "lr_scale: expected"), (["--lr-scale", "means=-1"], "lr_scale"),
     (["--lr-schedule", "linear"], "lr_schedule: expected"), (["--init-level", "content,"], "init_level: expected"),
     (["--densify-max-gaussians", 0], "max_gaussians: expected"), (["--densify-strategy", "both"], "strategy"), (["--compile", "maybe"], "compile: expected"),
-    (["--l1-weight", 0, "--ssim-weight", 0], "weight"), (["--loss", "l2_loss", "--l1-weight", 1], "--loss: expected"), (["--loss", "x"], "loss: expected"),
+    (["--l1-weight", 0, "--ssim-weight", 0], "weight"), (["--loss", "l2", "--l1-weight", 1], "--loss: expected"), (["--loss", "x"], "loss: expected"),
+    (["--growing-loss", "x"], "loss: expected"), (["--seconds", 0], "seconds: expected"), (["--seconds", 3, "--steps", 3], "--seconds: expected it without"),
 ])
 def test_options_of_train_that_make_no_sense(options, expected):
     assert expected in fails("train", *options)
@@ -305,24 +341,40 @@ def test_commands_that_do_not_exist():
     assert "SCENE" in fails("render")
 
 
-def must_not_train(*arguments, **options):
-    raise AssertionError("training started although the results could not have been written")
+@pytest.fixture
+def no_steps(monkeypatch):
+    "Every command that trains takes its steps here: one that gets that far fails in a way that no test takes for an answer."
+    def must_not_train(trainer):
+        raise AssertionError("training started although the results could not have been written")
+
+    monkeypatch.setattr(Trainer, "step", must_not_train)
 
 
+COMMANDS_THAT_TRAIN = [
+    ["fit", "photo.png", "--steps", 3, "-q"], ["fit", "photo.png", "--seconds", 0.1, "-q"],
+    ["fit", "photo.png", "--target-psnr", 20, "--steps", 3, "-q"], ["fit", "photo.png", "--steps", 3, "-q", "--video", "film.gif"],
+    ["train", "--steps", 3, "--height", 12, "--width", 12, "-q"], ["bench", ".", "--steps", 3]]
+
+
+@pytest.mark.parametrize("command", COMMANDS_THAT_TRAIN, ids=lambda command: " ".join(map(str, command[:3])))
 @pytest.mark.parametrize("out", ["file", "file/inside", "file/much/deeper"])
-def test_an_unwritable_folder_is_found_before_training(out, monkeypatch):
+def test_an_unwritable_folder_is_found_before_training(command, out, no_steps):
+    picture()
     Path("file").write_text("in the way")
-    monkeypatch.setattr("gs2d.train.train", must_not_train)
-    assert "--out: expected a folder that can be written to" in fails("fit", picture(), *QUICK, "--out", out)
+    assert "--out: expected a folder that can be written to" in fails(*command, "--device", "cpu", "--out", out)
 
 
-def test_a_folder_without_permission_is_found_before_training(monkeypatch):
-    monkeypatch.setattr("gs2d.train.train", must_not_train)
+@pytest.mark.parametrize("command", COMMANDS_THAT_TRAIN, ids=lambda command: " ".join(map(str, command[:3])))
+def test_with_a_folder_the_same_commands_train(command, no_steps):
+    picture()
+    assert isinstance(gs2d_(*command, "--device", "cpu").exception, AssertionError)  # so the tests around this one can fail
 
+
+def test_a_folder_without_permission_is_found_before_training(monkeypatch, no_steps):
     def refused(*arguments, **options):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(gs2d.cli.tempfile, "TemporaryFile", refused)
+    monkeypatch.setattr(shared.tempfile, "TemporaryFile", refused)
     assert "Permission denied" in fails("fit", picture(), *QUICK, "--out", "out")
 
 
@@ -413,8 +465,92 @@ def test_ctrl_c_before_training_starts(monkeypatch):
     assert done.exit_code == 130 and done.stderr == "gs2d: stopped; nothing was written\n"
 
 
+@pytest.fixture
+def ctrl_c(monkeypatch):
+    "Call it with a number n: Ctrl-C comes instead of the n-th step of the command, counted from 1 over all its fits."
+    def at(n):
+        step, taken = Trainer.step, []
+
+        def interrupted(trainer):
+            taken.append(1)
+            if len(taken) == n:
+                raise KeyboardInterrupt
+            return step(trainer)
+
+        monkeypatch.setattr(Trainer, "step", interrupted)
+
+    return at
+
+
+@pytest.mark.parametrize("command, said", [
+    (["fit", "photo.png", "--steps", 9], "stopped after 4 of 9 steps; what there was is saved"),
+    (["fit", "photo.png", "--seconds", 1000], "of 1000 s; what there was is saved"),
+    (["fit", "photo.png", "--steps", 9, "--video", "film.gif"], "stopped after 4 of 9 steps; what there was is saved"),
+    (["fit", "photo.png", "--steps", 9, "--target-psnr", 99], "stopped after 4 of 9 steps; what there was is saved"),
+    (["train", "--steps", 9, "--height", 12, "--width", 12], "stopped after 4 of 9 steps; what there was is saved"),
+])
+def test_ctrl_c_is_exit_status_130(command, said, ctrl_c):
+    picture()
+    ctrl_c(5)
+    done = gs2d_(*command, "--device", "cpu", "-q", "--out", "out")
+    assert done.exit_code == 130 and said in done.stderr, done.output
+    assert sorted(path.name for path in Path("out").iterdir()) == SIX
+    about = json.loads(Path("out/metrics.json").read_text())
+    assert about["interrupted"] is True and about["steps"] == 4
+    assert "--video" not in command or len(list(read_frames("film.gif"))) >= 2
+
+
+def test_ctrl_c_in_a_search_keeps_the_best(monkeypatch):
+    noise = torch.rand(16, 20, 3, generator=torch.Generator().manual_seed(0))
+    Image.fromarray((255 * noise).byte().numpy()).save("noise.png")
+    monkeypatch.setattr("gs2d.search.SCOUT_LOSS", -3)  # the first whole fit has too many, so the search goes on
+    run = gs2d.fit.run
+
+    def interrupted_after_a_good_one(trainer, **options):
+        result = run(trainer, **options)
+        if trainer.config.n_iterations == 120 and result.psnr >= 20:
+            monkeypatch.setattr(Trainer, "step", lambda trainer: (_ for _ in ()).throw(KeyboardInterrupt))
+        return result
+
+    monkeypatch.setattr("gs2d.fit.run", interrupted_after_a_good_one)
+    done = gs2d_("fit", "noise.png", "--steps", 120, "--target-psnr", 20, "--device", "cpu", "--out", "out")
+    assert done.exit_code == 130 and "stopped before the last fit; what there was is saved" in done.stderr, done.output
+    about = json.loads(Path("out/metrics.json").read_text())
+    assert about["psnr"] >= 20 and about["interrupted"] is True
+
+
+@pytest.mark.parametrize("steps, kept", [(3, []), (10, ["a"]), (15, ["a", "b", "mean"])])
+def test_ctrl_c_in_a_benchmark_says_what_is_written(steps, kept, ctrl_c):
+    Path("pictures").mkdir()
+    for name in "ab":
+        picture(Path("pictures", f"{name}.png"))
+    ctrl_c(steps)
+    done = gs2d_("bench", "pictures", "--n-gaussians", 4, "--n-gaussians", 6, "--steps", 6, "--device", "cpu", "--out", "out")
+    assert done.exit_code == 130, done.output
+    if not kept:
+        assert done.stderr.endswith("gs2d: stopped; nothing was written\n") and not Path("out").exists()
+        return
+    assert f"gs2d: stopped; {Path('out/bench.csv')} has the {len(kept)} rows that were finished\n" in done.stderr
+    assert [path.name for path in Path("out").iterdir()] == ["bench.csv"]
+    assert [line.split(",")[0] for line in Path("out/bench.csv").read_text().splitlines()] == ["picture", *kept]
+
+
+def test_ctrl_c_while_saving_says_so(monkeypatch):
+    def interrupted(result, folder):
+        (folder / "scene.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gs2d.train.TrainResult.save", interrupted)
+    done = gs2d_("fit", picture(), *QUICK, "--out", "out")
+    assert done.exit_code == 130 and "nothing was written" not in done.stderr and "not all of them are in out" in done.stderr
+
+
 def test_nothing_heavy_is_imported_for_help():
-    tree = ast.parse(Path(gs2d.cli.__file__).read_text(encoding="utf-8"))
-    imported = {name for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))
-                for name in ([alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or "."])}
-    assert {name.split(".")[0] for name in imported} <= {"sys", "tempfile", "collections", "contextlib", "datetime", "itertools", "pathlib", "typing", "typer"}
+    light = {"sys", "tempfile", "collections", "contextlib", "datetime", "itertools", "pathlib", "typing", "typer", "checks", "commands", "shared", "fits", "scenes"}
+    for module in (gs2d.cli, *(sys.modules[f"gs2d.commands.{name}"] for name in ("shared", "fits", "scenes"))):
+        for node in ast.parse(Path(module.__file__).read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Import):
+                assert {alias.name.split(".")[0] for alias in node.names} <= light
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module] if node.module else [alias.name for alias in node.names]
+                assert {name.split(".")[0] for name in names} <= light

@@ -6,7 +6,7 @@
 __all__ = ['metrics', 'csv_bytes', 'save_results']
 
 # %% ../../nbs/workshop/results.ipynb #export-imports
-# A result is whatever has the attributes of `gs2d.train.TrainResult`: this module lies below training and does not import it.
+# A result is whatever has the attributes of `gs2d.train.TrainResult`: this module lies below training.
 import csv
 import io
 import json
@@ -23,14 +23,15 @@ from ..show.views import comparison
 
 # %% ../../nbs/workshop/results.ipynb #save-metrics
 def metrics(result) -> dict:
-    "Scores, cost and settings of a `TrainResult`, as plain values. What is infinite or not a number becomes None: JSON has neither."
+    "Scores, cost and settings of a `TrainResult`, as plain values. What is not finite becomes None, as JSON needs."
     target = result.ground_truth.image.to(result.image)
     scores = {"psnr": result.psnr, "ssim": result.ssim, "ms_ssim": ms_ssim(result.image, target)}
     scores["loss"] = result.config.loss(result.image, target).item()
     scores = {name: value if value is not None and math.isfinite(value) else None for name, value in scores.items()}
     truth, timing = result.ground_truth, result.timing
     return scores | dict(
-        n_gaussians=len(result.scene), steps=len(result.history), seconds=timing.total_s, steps_per_sec=timing.steps_per_sec,
+        n_gaussians=len(result.scene), steps=len(result.history),
+        seconds=timing.total_s, steps_per_sec=timing.steps_per_sec,
         height=truth.height, width=truth.width, blend=result.scene.blend.value, device=str(result.scene.device),
         seed=result.config.seed, interrupted=result.interrupted, version=__version__)
 
@@ -49,7 +50,7 @@ def save_results(
     folder: str | os.PathLike,  # made if it does not exist; files of the same names are replaced
     columns: Iterable[str],  # what the numbers of a record in the history are called
 ) -> Path:
-    "Write scene.json, metrics.json, history.csv, render.png, target.png and comparison.png, each of them whole or not at all."
+    "Write scene.json, metrics.json, history.csv and render, target and comparison as .png, each whole or not at all."
     folder, truth = Path(folder), result.ground_truth
     folder.mkdir(parents=True, exist_ok=True)
     result.scene.save(folder / "scene.json", truth.height, truth.width)
