@@ -18,7 +18,7 @@ from tabulate import tabulate
 
 from .fit import fit_image
 from .gaussians import CUTOFF_POWER, Gaussians2D
-from .io.results import csv_bytes, metrics
+from .results import csv_bytes, metrics
 from .renderer import project
 from .train import TrainResult
 

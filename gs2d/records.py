@@ -21,7 +21,7 @@ from .config import TrainConfig
 from .gaussians import Gaussians2D
 from .ground_truth import GroundTruth
 from .io.pictures import png_bytes, to_pil
-from .io.results import save_results
+from .results import save_results
 from .loss import psnr, ssim
 from .renderer import render
 
@@ -107,7 +107,7 @@ class TrainResult:
         self,
         folder: str | os.PathLike,  # made if it does not exist; files of the same names are replaced
     ) -> Path:
-        "Write scene, scores, history and pictures (see `gs2d.io.results.save_results`)."
+        "Write scene, scores, history and pictures (see `gs2d.results.save_results`)."
         return save_results(self, folder, StepRecord._fields)
 
     def __repr__(self) -> str:

@@ -15,11 +15,11 @@ from gs2d.fit import fit_image
 from gs2d.gaussians import Blend, Gaussians2D
 from gs2d.ground_truth import GroundTruth
 from gs2d.io.pictures import to_pil
-from gs2d.io.results import metrics, save_results
+from gs2d.results import metrics, save_results
 from gs2d.io.scenes import read_scene
 from gs2d.loss import L1SSIMLoss
 from gs2d.renderer import render
-from gs2d.show.views import comparison
+from gs2d.results import comparison
 from gs2d.train import StepRecord, TrainConfig, train
 
 NAMES = ["comparison.png", "history.csv", "metrics.json", "render.png", "scene.json", "target.png"]

@@ -8,12 +8,13 @@ import torch
 from PIL import Image
 
 from gs2d.gaussians import Domain2D, Gaussians2D
-from gs2d.ground_truth import GroundTruth, to_pil
+from gs2d.ground_truth import GroundTruth
+from gs2d.io.pictures import to_pil
 from gs2d.renderer import render
+from gs2d.results import ERROR_FULL_SCALE, comparison, error_map
 from gs2d.show import views
 from gs2d.show.views import (
-    ERROR_FULL_SCALE, LEGENDS, Curves, View, comparison, draw_caption, draw_curve, draw_view, encode, error_map,
-    overlay_outlines)
+    LEGENDS, Curves, View, draw_caption, draw_curve, draw_view, encode, overlay_outlines)
 from gs2d.train import StepRecord
 
 TRUTH = GroundTruth.random(6, 24, 32, seed=1)
