@@ -13,13 +13,13 @@ import json
 import math
 import os
 from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from . import __version__
 from .gaussians import Gaussians2D, draw_outlines
 from .io.files import atomic_write
 from .io.pictures import save_picture, straight_alpha
@@ -37,7 +37,7 @@ def metrics(result) -> dict:
         n_gaussians=len(result.scene), steps=len(result.history),
         seconds=timing.total_s, steps_per_sec=timing.steps_per_sec,
         height=truth.height, width=truth.width, blend=result.scene.blend.value, device=str(result.scene.device),
-        seed=result.config.seed, interrupted=result.interrupted, version=__version__)
+        seed=result.config.seed, interrupted=result.interrupted, version=version("gs2d"))
 
 # %% ../nbs/workshop/results.ipynb #csv
 def csv_bytes(columns: Iterable[str], rows: Iterable[Iterable]) -> bytes:

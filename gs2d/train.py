@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FINAL_LR_FRACTION', 'HOLD_FRACTION', 'ADAM_EPS', 'ADAM_BETAS', 'CHANGEABLE', 'Bystander', 'learning_rate',
-           'make_optimizer', 'Trainer', 'run', 'show_progress', 'keep_checkpoints', 'make_trainer', 'train']
+           'make_optimizer', 'Trainer', 'run', 'show_progress', 'make_trainer', 'train']
 
 # %% ../nbs/06_train.ipynb #export-imports
 # A run is a `Trainer`, an iterator of steps. What changes on the way (learning rate, growth, which loss) is a function
@@ -101,8 +101,8 @@ def _grow(trainer: "Trainer") -> None:
         densify(trainer.scene, trainer.optimizer, trainer.densification, growth, rounds)
 
 # %% ../nbs/06_train.ipynb #trainer-real
-CHANGEABLE = (  # while a trainer runs
-    "n_iterations", "seconds", "lr", "lr_schedule", "lr_scale", "blend", "loss", "growing_loss", "densify")
+# What may change while a trainer runs.
+CHANGEABLE = ("n_iterations", "seconds", "lr", "lr_schedule", "lr_scale", "blend", "loss", "growing_loss", "densify")
 
 
 def _check_names(config: TrainConfig, scene: nn.Module) -> None:
@@ -325,22 +325,6 @@ def show_progress(trainer: Trainer, records: Iterator[StepRecord]) -> Iterator[S
                 line = f"step {done:>{len(str(bar.total))}}/{bar.total}  {record.summary()}  {mean_ms:.2f} ms/step"
                 bar.write(line, file=sys.stderr)
             yield record
-
-
-def keep_checkpoints(
-    path: str | os.PathLike,  # usually ending in .safetensors; replaced in one step each time
-    every_n_steps: int = 100,
-) -> Bystander:
-    "Save the trainer every so many steps, and at the end."
-    every_n_steps = checks.whole("every_n_steps", every_n_steps)
-
-    def keep(trainer: Trainer, records: Iterator[StepRecord]) -> Iterator[StepRecord]:
-        for record in records:
-            if trainer.steps_done % every_n_steps == 0 or trainer.progress == 1:
-                trainer.save(path)
-            yield record
-
-    return keep
 
 # %% ../nbs/06_train.ipynb #train-real
 def make_trainer(

@@ -19,9 +19,11 @@ from gs2d.init_levels import InitLevel, initialize_scene
 from gs2d.kernels import devices
 from gs2d.kernels.devices import resolve_device
 from gs2d.loss import L1SSIMLoss, l1_loss, l2_loss, psnr, ssim
-from gs2d.renderer import KERNELS, render
+from gs2d.io.checkpoints import keep_checkpoints
+from gs2d.kernels.operators import KERNELS
+from gs2d.renderer import render
 from gs2d.train import (
-    FINAL_LR_FRACTION, LRSchedule, StepRecord, TimingStats, TrainConfig, Trainer, keep_checkpoints, learning_rate,
+    FINAL_LR_FRACTION, LRSchedule, StepRecord, TimingStats, TrainConfig, Trainer, learning_rate,
     make_trainer, run, show_progress, train)
 
 SMALL = TrainConfig(n_gaussians=8, height=32, width=40, n_iterations=12, device="cpu")
