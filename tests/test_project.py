@@ -17,6 +17,7 @@ from urllib.parse import unquote
 import pytest
 import yaml
 
+import plumbing
 import readme
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,6 +95,40 @@ def test_no_import_runs_in_a_circle_and_none_takes_the_front_door():
     graph = import_graph()
     assert {name: sorted(others - graph.keys()) for name, others in graph.items() if others - graph.keys()} == {}
     tuple(graphlib.TopologicalSorter(graph).static_order())  # CycleError names the circle
+
+
+def test_no_folder_imports_what_stands_on_it():
+    "A folder is one room: what its modules import lies below all of them."
+    graph, rooms = import_graph(), {}
+    for name, others in graph.items():
+        room = name.split(".")[0]
+        rooms.setdefault(room, set()).update({other.split(".")[0] for other in others} - {room})
+    tuple(graphlib.TopologicalSorter(rooms).static_order())  # CycleError names the circle
+
+
+MOST_LINES, LONGEST_LINE = 360, 120
+
+
+@each_module
+def test_rooms_are_small_and_lines_short(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    generated = [k for k, line in enumerate(lines) if line.startswith("__all__")]  # nbdev wraps it as it likes
+    assert len(lines) <= MOST_LINES
+    assert [line for k, line in enumerate(lines) if len(line) > LONGEST_LINE and k not in generated] == []
+
+
+@pytest.mark.parametrize("path", plumbing.LESSONS, ids=lambda path: path.stem)
+def test_a_core_lesson_teaches_and_leaves_the_plumbing_to_the_workshop(path):
+    assert plumbing.share(path) < plumbing.MOST
+
+
+@pytest.mark.parametrize("source, lines", [
+    ("import json\nx = 1", 1), ("def _check(x):\n    y = x\n    return y", 3), ("if x < 1:\n    raise ValueError(x)\ny = x", 2),
+    ("try:\n    f()\nexcept ValueError as error:\n    print(error)", 4), ("text = json.dumps(x)\nimage = render(x)", 1),
+    ("def render(x):\n    with torch.no_grad():\n        return x", 0), ("# import json\n\nx = 1", 0),
+])
+def test_plumbing_is_found(source, lines):
+    assert len(plumbing.plumbing_lines(ast.parse(source)) & set(plumbing.code_lines(source))) == lines
 
 
 def test_a_lesson_imports_only_what_an_earlier_one_taught():
