@@ -250,7 +250,8 @@ def bench_memory(quick):
 def bench_live(quick):
     "Steps per second without and with the live view in front, one after the other, several times."
     from gs2d.ground_truth import GroundTruth
-    from gs2d.live import LiveSession, LiveTrainer, State
+    from gs2d.show.panel import LiveTrainer
+    from gs2d.show.session import LiveSession, State
     from gs2d.train import TrainConfig
 
     rows = []

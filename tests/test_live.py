@@ -1,4 +1,5 @@
-"""The live session and its panel, with clicks made in code. Nothing here sleeps for a fixed time: it polls, with a deadline."""
+"""The live session and its panel, with clicks made in code. For the end of a run they wait with `session.wait`, for something
+in its middle they poll, with a deadline. Nothing here sleeps for a fixed time."""
 import dataclasses
 import io
 import threading
@@ -11,13 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from gs2d.densify import DensifyConfig
+from gs2d.densify import DensifyConfig, ErrorGrowth
 from gs2d.gaussians import PARAMETER_NAMES, Gaussians2D
 from gs2d.ground_truth import GroundTruth
 from gs2d.init_levels import InitLevel
-from gs2d.live import ALLOWED, LiveSession, LiveTrainer, Pace, State, view_of
 from gs2d.loss import L1SSIMLoss
 from gs2d.renderer import Blend
+from gs2d.show.panel import LiveTrainer, Pace, view_of
+from gs2d.show.session import ALLOWED, LiveSession, State
 from gs2d.show.views import View, draw_view
 from gs2d.train import LRSchedule, TrainConfig, train
 
@@ -46,7 +48,7 @@ def no_thread_stays(tmp_path, monkeypatch):
     yield
     for thread in training_threads():
         thread.session.stop()
-    wait_for(lambda: not training_threads())
+    assert not training_threads(), "stop returns when the thread has ended"
 
 
 def started(config=LONG, **options):
@@ -67,8 +69,8 @@ def test_a_live_run_is_the_run_that_train_makes():
     wait_for(lambda: session.trainer.steps_done > 10)
     session.pause()
     session.run()
-    wait_for(lambda: session.state is State.DONE)
-    plain = train(config, TRUTH, progress=False)
+    assert session.wait(30) and session.state is State.DONE
+    plain = train(config, ground_truth=TRUTH, progress=False)
     for name in PARAMETER_NAMES:
         assert torch.equal(getattr(plain.scene, name), getattr(session.trainer.scene, name))
 
@@ -77,9 +79,7 @@ def test_pause_freezes_the_counter_within_a_step_and_run_goes_on():
     session = started()
     session.pause()
     steps = session.trainer.steps_done
-    assert session.state is State.PAUSED
-    wait_for(lambda: not training_threads())  # so nobody is left to take another step
-    assert session.trainer.steps_done == steps
+    assert session.state is State.PAUSED and not training_threads(), "nobody is left to take another step"
     session.run()
     wait_for(lambda: session.trainer.steps_done > steps)
 
@@ -98,8 +98,7 @@ def test_step_takes_one_and_ends_in_done_at_the_last():
 def test_stop_ends_the_thread_and_only_a_reset_goes_on():
     session = started()
     session.stop()
-    wait_for(lambda: not training_threads())
-    assert session.state is State.DONE
+    assert session.state is State.DONE and not training_threads()
     session.run()
     assert session.state is State.DONE
     session.reset()
@@ -126,7 +125,7 @@ def test_reset_of_a_running_session_runs_on_from_the_start():
     old = session.trainer
     session.reset()
     assert session.trainer is not old and session.state is State.RUNNING
-    assert len([t for t in training_threads() if not t.session._ended.is_set()]) == 1
+    assert len(training_threads()) == 1
 
 
 def test_a_change_takes_effect_at_the_next_step_or_waits_for_a_reset():
@@ -153,9 +152,8 @@ def test_an_error_in_a_step_becomes_the_state_and_a_reset_recovers():
 
     session = started()
     session.change(loss=broken)
-    wait_for(lambda: session.state is State.FAILED)
+    assert session.wait(30) and session.state is State.FAILED and not training_threads()
     assert str(session.error) == "no loss today"
-    wait_for(lambda: not training_threads())
     session.change(loss=L1SSIMLoss())
     session.reset()
     assert session.state is State.IDLE and session.error is None
@@ -185,7 +183,7 @@ def test_ask_sees_the_trainer_at_rest():
 def test_only_one_session_trains_at_a_time():
     first, second = started(), started()
     assert first.state is State.PAUSED and second.state is State.RUNNING
-    wait_for(lambda: len(training_threads()) == 1)
+    assert [thread.session for thread in training_threads()] == [second]
 
 
 def test_in_the_foreground_run_returns_at_the_end_and_an_interrupt_pauses():
@@ -202,6 +200,130 @@ def test_in_the_foreground_run_returns_at_the_end_and_an_interrupt_pauses():
     assert (session.state, session.trainer.steps_done) == (State.PAUSED, 3)
     session.step()
     assert session.trainer.steps_done == 4
+
+
+# ── at rest: nobody trains, nobody draws ──
+
+
+class SlowWatch:
+    "Notes what it sees, slowly, and whether two threads are ever in it at once."
+
+    def __init__(self):
+        self.seen, self.inside, self.met = [], threading.Lock(), False
+
+    def __call__(self):
+        if not self.inside.acquire(blocking=False):
+            self.met = True
+            return
+        time.sleep(0.02)  # a drawing that takes its time
+        self.seen.append((self.session.state, self.session.trainer.steps_done))
+        self.inside.release()
+
+
+def watched(config=LONG, **options):
+    watch = SlowWatch()
+    watch.session = LiveSession(TRUTH, config, watch, **options)
+    return watch.session, watch
+
+
+@pytest.mark.parametrize("call, end", [("pause", State.PAUSED), ("stop", State.DONE), ("reset", State.IDLE)])
+def test_pause_stop_and_reset_return_when_the_last_drawing_is_done(call, end):
+    session, watch = watched()
+    for _ in range(3):
+        session.run()
+        wait_for(lambda: len(watch.seen) > 2)
+        if call == "reset":
+            session.pause()  # a reset of one that runs would run on
+        getattr(session, call)()
+        assert not training_threads() and watch.seen[-1] == (end, session.trainer.steps_done) and not watch.met
+        watch.seen.clear()
+        session.reset()
+
+
+def test_wait_says_whether_the_run_has_come_to_rest():
+    session, watch = watched(change(n_iterations=5))
+    assert session.wait(0), "nobody is at work before it runs"
+    session.run()
+    assert not session.wait(0)
+    assert session.wait(30) and session.state is State.DONE and watch.seen[-1] == (State.DONE, 5) and not training_threads()
+
+
+def test_a_run_that_starts_while_the_last_one_is_drawn_for_the_last_time_waits_for_it():
+    session, watch = watched()
+    for call in ("run", "step") * 2:
+        session.run()
+        wait_for(lambda: watch.seen and watch.seen[-1][1] > 0)
+        clicker = threading.Thread(target=session.pause)  # as where clicks are delivered in a thread of their own
+        clicker.start()
+        wait_for(lambda: session.state is State.PAUSED)
+        getattr(session, call)()
+        clicker.join(30)
+        session.pause()
+        assert not clicker.is_alive() and not watch.met and not training_threads()
+
+
+@pytest.mark.parametrize("background", [True, False])
+@pytest.mark.parametrize("call, end, steps", [("pause", State.PAUSED, 3), ("stop", State.DONE, 3), ("run", State.DONE, 6), ("step", State.DONE, 6)])
+def test_calls_from_within_watch_return_at_once_and_act_after_the_step(background, call, end, steps):
+    def from_within():
+        if session.trainer.steps_done == 3 and session.state is State.RUNNING:
+            getattr(session, call)()
+            assert session.state is State.RUNNING and not session.wait(30) and session.ask(lambda: 7) == 7
+
+    session = LiveSession(TRUTH, change(n_iterations=6), from_within, background)
+    session.run()
+    assert session.wait(30) and (session.state, session.trainer.steps_done, session.error) == (end, steps, None)
+
+
+def test_a_reset_from_within_watch_happens_when_the_run_has_come_to_rest():
+    trainers = []
+
+    def from_within():
+        if session.trainer.steps_done == 3 and not trainers:
+            trainers.append(session.trainer)
+            session.reset()
+
+    session = LiveSession(TRUTH, LONG, from_within)
+    session.run()
+    wait_for(lambda: session.trainer not in trainers and session.trainer.steps_done > 3)
+    session.pause()
+    assert session.state is State.PAUSED and not training_threads()
+
+
+def test_many_callers_at_once_end_at_rest_and_nobody_waits_for_ever():
+    session, calls = started(), ("pause", "run", "stop", "reset", "step", "run") * 5
+
+    def click_through(first):
+        for k in range(len(calls)):
+            getattr(session, calls[(first + k) % len(calls)])()
+            session.change(lr=1e-3)
+            session.ask(lambda: session.trainer.steps_done)
+
+    clickers = [threading.Thread(target=click_through, args=(k,), daemon=True) for k in range(4)]
+    for clicker in clickers:
+        clicker.start()
+    for clicker in clickers:
+        clicker.join(60)
+    assert not any(clicker.is_alive() for clicker in clickers)
+    session.stop()
+    assert session.error is None and session.state in (State.IDLE, State.DONE) and not training_threads()
+
+
+def test_an_error_in_the_last_drawing_leaves_nobody_waiting():
+    def broken():
+        if session.state is not State.RUNNING:
+            raise KeyboardInterrupt
+
+    session = LiveSession(TRUTH, change(n_iterations=3), broken, background=False)
+    with pytest.raises(KeyboardInterrupt):
+        session.run()
+    assert session.wait(0) and session.state is State.DONE
+
+
+def test_a_clock_ends_a_run_too():
+    session = LiveSession(TRUTH, change(n_iterations=1, seconds=0.05))
+    session.run()
+    assert session.wait(30) and session.state is State.DONE and session.trainer.steps_done > 1
 
 
 # ── what it draws, and how often ──
@@ -233,7 +355,7 @@ def test_the_view_is_of_the_picture_that_the_last_step_rendered():
     session = LiveSession(TRUTH, change(n_iterations=3))
     before = {view: view_of(session.trainer, view) for view in View}
     session.run()
-    wait_for(lambda: session.state is State.DONE)
+    assert session.wait(30) and session.state is State.DONE
     assert np.array_equal(view_of(session.trainer), draw_view(session.trainer.scene, session.trainer.image, TRUTH.image))
     changed = {view for view in View if not np.array_equal(before[view], view_of(session.trainer, view))}
     assert changed == set(View) - {View.TARGET}
@@ -263,7 +385,7 @@ def test_buttons_run_pause_step_reset_and_stop(live):
     assert enabled(live) == {"run", "step", "reset"} and "idle" in live.words.value
     click(live, "run")
     wait_for(lambda: live.trainer.steps_done > 3 and "running" in live.words.value)
-    wait_for(lambda: live.buttons["run"].description == "Pause")
+    assert live.buttons["run"].description == "Pause", "the words come last"
     assert enabled(live) == {"run", "stop", "reset"}
     click(live, "run")
     steps = live.trainer.steps_done
@@ -321,6 +443,26 @@ def test_densification_is_steered_by_its_four_controls(live):
     wait_for(lambda: live.trainer.config.densify is None)
 
 
+def test_growth_by_error_is_left_alone_until_densify_is_touched():
+    growth = ErrorGrowth(max_gaussians=20)
+    live = LiveTrainer(TRUTH, change(densify=growth))
+    assert not live.controls["densify"].value
+    for name, value in dict(lr=1e-3, every_n_steps=7, max_gaussians=30).items():
+        live.controls[name].value = value
+    assert live.trainer.config.densify == growth
+    live.controls["densify"].value = True
+    assert live.trainer.config.densify == DensifyConfig(every_n_steps=7, max_gaussians=30)
+
+
+def test_the_blend_control_shows_the_blend_in_effect():
+    live = LiveTrainer(GroundTruth.random(6, 24, 32, seed=1, blend="additive"), LONG)
+    assert live.controls["blend"].value is Blend.ADDITIVE and live.session.config.blend is None
+    upload(live, "red.png", png(8, 8))
+    assert live.controls["blend"].value is live.trainer.scene.blend is Blend.WEIGHTED
+    live.controls["blend"].value = Blend.OVER
+    assert live.trainer.scene.blend is Blend.OVER
+
+
 def test_what_needs_a_reset_says_so_and_then_happens(live):
     live.controls["n_gaussians"].value = 13
     assert "Reset" in live.message.value and "Gaussians" in live.message.value and len(live.trainer.scene) == 6
@@ -349,7 +491,7 @@ def test_an_error_while_training_is_shown_with_its_text_and_not_as_markup(live):
 
     live.session.change(loss=broken)
     click(live, "run")
-    wait_for(lambda: "failed" in live.words.value)
+    assert live.session.wait(30) and "failed" in live.words.value
     assert "RuntimeError: &lt;b&gt;no loss" in live.words.value and enabled(live) == {"reset"}
 
 
@@ -357,14 +499,18 @@ def upload(live, name, content):
     live.upload.value = ({"name": name, "type": "image/png", "size": len(content), "content": memoryview(content), "last_modified": datetime.now()},)
 
 
+def png(width, height):
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), (200, 30, 30)).save(file, "png")
+    return file.getvalue()
+
+
 def test_an_uploaded_picture_becomes_the_target_and_a_broken_one_changes_nothing(live):
     click(live, "run")
     upload(live, "broken.png", b"this is no picture")
     assert "did not work" in live.message.value and "not a picture" in live.message.value
     assert live.session.state is State.RUNNING and live.session.ground_truth is TRUTH
-    file = io.BytesIO()
-    Image.new("RGB", (500, 250), (200, 30, 30)).save(file, "png")
-    upload(live, "red.png", file.getvalue())
+    upload(live, "red.png", png(500, 250))
     assert live.trainer.ground_truth.image.shape == (192, 384, 3), "shrunk to max_side"
     assert [level for _, level in live.controls["init_level"].options] == [InitLevel.CONTENT, InitLevel.RANDOM]
     assert live.session.state is State.RUNNING and "red.png" in live.message.value
@@ -397,7 +543,7 @@ def test_a_video_of_a_run_that_ends_is_saved_by_itself(live):
     live.controls["n_iterations"].value = 30
     live.video.value = True
     click(live, "run")
-    wait_for(lambda: live.session.state is State.DONE and live.session._ended.is_set())
+    assert live.session.wait(30) and live.session.state is State.DONE
     assert live.message.value.startswith("Saved") and not live.video.value
 
 
@@ -417,7 +563,8 @@ def test_a_new_view_closes_the_one_before(live):
     other = LiveTrainer(TRUTH, LONG)
     assert live.session.state is State.DONE and "closed" in live.words.value
     other.session.run()
-    wait_for(lambda: other.trainer.steps_done > 3 and len(training_threads()) == 1)
+    wait_for(lambda: other.trainer.steps_done > 3)
+    assert [thread.session for thread in training_threads()] == [other.session]
 
 
 def test_result_is_a_copy_at_rest_while_training_goes_on(live):
