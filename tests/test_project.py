@@ -249,7 +249,7 @@ def test_every_requirement_has_an_exact_version():
 
 @each_notebook
 def test_notebook_is_small(path):
-    assert path.stat().st_size <= 300 * 1024
+    assert path.stat().st_size <= 800 * 1024
 
 
 @each_notebook
