@@ -1,4 +1,8 @@
-"""The live view as a person meets it: the lesson, in JupyterLab, in a browser. Without Chromium this fails; `make browser` installs it."""
+"""The live view as a person meets it: the lesson, in JupyterLab, in a browser. Without Chromium this fails; `make browser` installs it.
+
+What is waited for is said by the code that does the work: the panel's words, which come last, `session.wait`, the output of the
+very cell that is meant to be busy, and the number of a cell, which JupyterLab writes when the kernel has said that it is idle again.
+"""
 import base64
 import json
 import os
@@ -26,13 +30,15 @@ SETTINGS = {  # no questions about news; and all cells in the page, not only tho
 PANEL_CELL = """play = LiveTrainer(blobs, TrainConfig(n_gaussians=30, n_iterations=10**6, lr_schedule="constant", device="cpu"))
 play"""
 PROBE_CELL = """import json
+assert play.session.state.value == "running" or play.session.wait(60)   # the thread of a run that is over has ended
 history = list(play.trainer.history)
 print(json.dumps(dict(
     steps=len(history), state=play.session.state.value, n=len(play.trainer.scene), rates=sorted({record.lr for record in history}),
     threads=[thread.name for thread in threading.enumerate()].count("gs2d-training"))))"""
 FOREGROUND_CELL = """in_cell = LiveTrainer(blobs, TrainConfig(n_gaussians=30, n_iterations=10**6, device="cpu"), background=False)
 in_cell"""
-BUSY_CELL = "for _ in range(600): time.sleep(0.1)"
+BUSY_CELL = """print("busy", flush=True)
+for _ in range(6000): time.sleep(0.1)"""
 
 DOT = "iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAIAAACQkWg2AAAAGklEQVR42mM8YaPBQApgYiARjGoY1TB0NAAAyUUBTEzmkP4AAAAASUVORK5CYII="  # 16×16 pixels
 
@@ -105,11 +111,15 @@ class Lesson:
         cell.locator(".cm-content").first.click()
         self.page.keyboard.press("Control+Enter")
 
+    def has_ended(self, cell) -> bool:
+        "Whether it has a number, and no star: the kernel has answered, and said that it is idle."
+        return bool(re.search(r"\d", self.prompt(cell)))
+
     def run(self, cell, seconds=120) -> str:
         "Run a cell until it has a new number; its text output."
         before = self.prompt(cell)
         self.start(cell)
-        wait_for(lambda: self.prompt(cell) != before and re.search(r"\d", self.prompt(cell)), "a cell to run", seconds)
+        wait_for(lambda: self.prompt(cell) != before and self.has_ended(cell), "a cell to run", seconds)
         return cell.locator(".jp-OutputArea").first.inner_text()
 
     def probe(self) -> dict:
@@ -127,9 +137,11 @@ class Lesson:
     def step(self) -> int:
         return int(re.search(r"step ([\d,]+) of", self.words())[1].replace(",", ""))
 
-    def interrupt(self) -> None:
-        for key in ("Escape", "i", "i"):
-            self.page.keyboard.press(key)
+    def interrupt(self, cell) -> None:
+        "Press the interrupt button for a cell that the kernel is busy with, and wait for the end of that cell."
+        assert "*" in self.prompt(cell)
+        self.page.locator("[data-command='notebook:interrupt-kernel']").first.click()
+        wait_for(lambda: self.has_ended(cell), "the interrupted cell to end")
 
     def picture(self) -> str:
         "The pixels that are on the screen."
@@ -169,7 +181,7 @@ def panel(lesson):
     lesson.probe_cell.locator(".cm-content").first.click()
     lesson.page.get_by_role("menuitem", name="Run", exact=True).click()
     lesson.page.get_by_role("menuitem", name="Run All Above Selected Cell").click()
-    wait_for(lambda: re.search(r"\d", lesson.prompt(lesson.panel_cell)), "all cells of the lesson to run", 90)
+    wait_for(lambda: lesson.has_ended(lesson.panel_cell), "all cells of the lesson to run", 300)
     errors = lesson.page.locator("[data-mime-type='application/vnd.jupyter.error'], [data-mime-type='application/vnd.jupyter.stderr']")
     assert errors.count() == 0, errors.all_inner_texts()
     wait_for(lambda: lesson.panel.locator("button", has_text="Run").count(), "the panel")
@@ -245,10 +257,10 @@ def test_running_the_cell_again_leaves_exactly_one_training_thread(running):
 
 def test_an_interrupted_cell_leaves_nothing_running_unseen(running):
     running.start(running.busy_cell)
-    wait_for(lambda: "*" in running.prompt(running.busy_cell), "a busy cell")
+    running.busy_cell.locator(".jp-OutputArea-output", has_text="busy").wait_for()  # it is this cell that the kernel runs
     before = running.step()
     wait_for(lambda: running.step() > before, "training beside a busy cell")
-    running.interrupt()
+    running.interrupt(running.busy_cell)
     wait_for(lambda: running.state() == "paused", "the interrupt")
     assert running.probe()["threads"] == 0
 
@@ -263,7 +275,7 @@ def test_nothing_is_clipped(running, width):
             .map(e => e.outerHTML.slice(0, 80))
             .concat(panel.scrollWidth > panel.clientWidth + 1 ? ['it scrolls sideways'] : []);
     }"""
-    wait_for(lambda: not running.panel.evaluate(outside), f"everything to fit into {width} pixels: {running.panel.evaluate(outside)}", 5)
+    wait_for(lambda: not running.panel.evaluate(outside), f"everything to fit into {width} pixels: {running.panel.evaluate(outside)}", 60)
     if folder := os.environ.get("GS2D_SCREENSHOTS"):
         running.panel.scroll_into_view_if_needed()
         wait_for(lambda: running.step() > 300, "something to see")
@@ -292,8 +304,7 @@ def test_in_the_foreground_the_cell_trains_until_it_is_interrupted(running):
     panel.locator("button", has_text="Pause").wait_for()
     before = running.words(panel)
     wait_for(lambda: running.words(panel) != before and "running" in running.words(panel), "training in the cell")
-    assert "*" in running.prompt(cell)
-    running.interrupt()
-    wait_for(lambda: re.search(r"\d", running.prompt(cell)) and "paused" in running.words(panel), "the cell to end")
+    running.interrupt(cell)
+    wait_for(lambda: "paused" in running.words(panel), "the word for it")
     assert cell.locator("[data-mime-type='application/vnd.jupyter.error']").count() == 0
     assert running.probe()["threads"] == 0, "the view before was closed"
