@@ -88,8 +88,10 @@ def comparison(
     axes = figure.subplots(rows, columns).ravel()
     axes[0].imshow(_on_paper(target))
     axes[1].imshow(_on_paper(image))
-    error = axes[2].imshow(error_map(image, target).cpu().numpy(), cmap="viridis", vmin=0, vmax=ERROR_FULL_SCALE)
-    figure.colorbar(error, ax=axes[2], extend="max", shrink=0.8)
+    error = error_map(image, target).cpu().numpy()
+    top = max(float(np.quantile(error, 0.998)), 1 / 255)
+    shown = axes[2].imshow(error, cmap="viridis", vmin=0, vmax=top)
+    figure.colorbar(shown, ax=axes[2], extend="max", shrink=0.8)
     draw_outlines(scene, axes[3], color="black", linewidths=min(0.8, 25 / math.sqrt(max(1, len(scene)))))
     for ax, name in zip(axes, ("target", title, "error (mean absolute)", "outlines at 2σ")):
         ax.set(xticks=[], yticks=[])
