@@ -18,6 +18,11 @@ import torch
 from torch import Tensor
 
 # %% ../nbs/workshop/checks.ipynb #whole
+def _is_bool(value) -> bool:
+    "Python's own, numpy's, or a tensor's."
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
+
+
 def whole(
     name: str,  # of the argument, for the message
     value,
@@ -25,9 +30,12 @@ def whole(
     highest: int | None = None,
 ) -> int:
     "A whole number from `lowest` to `highest`: an int, or anything that Python takes for an index, but no bool."
-    if isinstance(value, bool) or type(value).__name__ in ("bool_", "bool") or not hasattr(value, "__index__"):
+    if _is_bool(value) or not hasattr(value, "__index__"):
         raise TypeError(f"{name}: expected a whole number, got {value!r}")
-    found = value.__index__()
+    try:
+        found = value.__index__()
+    except TypeError:  # an array of several, or a tensor that is no integer
+        raise TypeError(f"{name}: expected a whole number, got {value!r}") from None
     if found < lowest or (highest is not None and found > highest):
         limits = f"of at least {lowest}" if highest is None else f"from {lowest} to {highest}"
         raise ValueError(f"{name}: expected a whole number {limits}, got {found}")
@@ -42,9 +50,12 @@ def number(
     above: bool = False,  # `lowest` itself is too low
 ) -> float:
     "A finite number from `lowest` (or, with `above`, greater than it) to `highest`, as a float."
-    if isinstance(value, (bool, str)) or type(value).__name__ in ("bool_", "bool") or not hasattr(value, "__float__"):
+    if _is_bool(value) or isinstance(value, str) or not hasattr(value, "__float__"):
         raise TypeError(f"{name}: expected a number, got {value!r}")
-    found = float(value)
+    try:
+        found = float(value)
+    except (TypeError, ValueError, RuntimeError):  # an array of several
+        raise TypeError(f"{name}: expected a number, got {value!r}") from None
     if not (math.isfinite(found) and lowest <= found <= highest) or (above and found == lowest):
         start = "above" if above else "of at least" if highest == math.inf else "from"
         end = "" if highest == math.inf else f" and at most {highest:g}" if above else f" to {highest:g}"
@@ -99,6 +110,7 @@ def background(
         values = (0.0,) * channels if value is None else tuple(float(v) for v in value)
     except (TypeError, ValueError):
         values = ()
+    values = () if isinstance(value, (str, bytes)) else values
     if len(values) != channels or not all(math.isfinite(v) for v in values):
         raise ValueError(f"background: expected {channels} finite number{'s' * (channels != 1)}, got {value!r}")
     return values
@@ -110,7 +122,7 @@ def interval(
 ) -> tuple[float, float]:
     "A pair of finite numbers in increasing order, as floats."
     try:
-        low, high = (float(v) for v in value)
+        low, high = (float(v) for v in value if not (isinstance(v, str) or _is_bool(v)))
     except (TypeError, ValueError):
         raise ValueError(f"{name}: expected two numbers (low, high), got {value!r}") from None
     if not (math.isfinite(low) and math.isfinite(high) and low < high):

@@ -88,7 +88,8 @@ def _lr_scale(value) -> dict[str, float]:
 def _growth(value) -> Growth | None:
     "A strategy of growth, from itself or from its plain values."
     value = growth_from_dict(value) if isinstance(value, dict) else value
-    if value is not None and not (hasattr(value, "rounds_due") and hasattr(value, "next_rows")):
+    asked = all(hasattr(value, name) for name in ("n_start", "rounds_due", "next_rows", "stop_fraction"))
+    if value is not None and (isinstance(value, type) or not asked):
         raise TypeError(f"densify: expected a DensifyConfig, an ErrorGrowth or None, got {value!r}")
     return value
 
@@ -110,5 +111,5 @@ def _checked(config: TrainConfig) -> dict:
         seed=checks.seed(config.seed),
         device=str(config.device),
         seconds=None if config.seconds is None else checks.number("seconds", config.seconds, above=True),
-        growing_loss=None if config.growing_loss is None else named_loss(config.growing_loss),
+        growing_loss=None if config.growing_loss is None else named_loss(config.growing_loss, "growing_loss"),
     )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import checks
 from .gaussians import Blend, Domain2D, Gaussians2D
-from .io.pictures import load_picture, picture_background, png_bytes, save_picture, to_pil
+from .io.pictures import load_picture, picture_background, png_bytes, save_picture, to_pil, viewable
 from .renderer import render
 
 # %% ../nbs/02_ground_truth.ipynb #beat1-spread
@@ -93,8 +93,8 @@ class GroundTruth:
         height: int,  # pixels
         width: int,  # pixels
         seed: int = 0,
-        blend: Blend = Blend.WEIGHTED,
-        background: tuple[float, float, float] = (0.0, 0.0, 0.0),
+        blend: Blend | str = Blend.WEIGHTED,
+        background: tuple[float, float, float] | None = None,  # in [0, 1]; None: black
     ) -> "GroundTruth":
         "The rendering of a random scene, every parameter of which is known. The same seed gives the same scene."
         scene = random_scene(n_gaussians, height, width, seed)
@@ -110,8 +110,8 @@ class GroundTruth:
         cls,
         picture,  # whatever `load_picture` takes
         max_side: int | None = None,  # pixels of the longer side at most; None keeps the size
-        background: tuple[float, float, float] = (0.0, 0.0, 0.0),
-        blend: Blend = Blend.WEIGHTED,  # how the fit will blend
+        background: tuple[float, float, float] | None = None,  # in [0, 1], behind what is transparent; None: black
+        blend: Blend | str = Blend.WEIGHTED,  # how the fit will blend
     ) -> "GroundTruth":
         "A picture to fit. No scene is known; x spans (-5, 5) and y follows the picture's proportions."
         image = load_picture(picture, max_side, background)
@@ -134,11 +134,11 @@ class GroundTruth:
 
     def to_pil(self) -> Image.Image:
         "The picture as an 8-bit Pillow image."
-        return to_pil(self.image)
+        return to_pil(viewable(self.image))
 
     def save(self, path: str | os.PathLike) -> Path:
         "Write the picture in the format that the suffix of `path` names (see `save_picture`)."
-        return save_picture(self.image, path)
+        return save_picture(viewable(self.image), path)
 
     def __repr__(self) -> str:
         known = "no known scene" if self.scene is None else f"{len(self.scene)} known Gaussians"
@@ -147,4 +147,4 @@ class GroundTruth:
 
     def _repr_png_(self) -> bytes:
         "The picture Jupyter shows."
-        return png_bytes(self.image)
+        return png_bytes(viewable(self.image))

@@ -20,7 +20,7 @@ from torch import Tensor
 from .config import TrainConfig
 from .gaussians import Gaussians2D
 from .ground_truth import GroundTruth
-from .io.pictures import png_bytes, to_pil
+from .io.pictures import png_bytes, to_pil, viewable
 from .results import save_results
 from .loss import psnr, ssim
 from .renderer import render
@@ -101,7 +101,7 @@ class TrainResult:
 
     def to_pil(self) -> Image.Image:
         "The final picture as an 8-bit Pillow image."
-        return to_pil(self.image)
+        return to_pil(viewable(self.image))
 
     def save(
         self,
@@ -116,4 +116,4 @@ class TrainResult:
 
     def _repr_png_(self) -> bytes:
         "The picture that Jupyter shows."
-        return png_bytes(self.image)
+        return png_bytes(viewable(self.image))

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .gaussians import Gaussians2D, draw_outlines
 from .io.files import atomic_write
-from .io.pictures import save_picture, straight_alpha
+from .io.pictures import save_picture, viewable
 from .loss import ms_ssim
 
 # %% ../nbs/workshop/results.ipynb #save-metrics
@@ -64,7 +64,7 @@ def _on_paper(image: Tensor) -> np.ndarray:
     "(H, W, 3) in [0, 1], to look at: what is transparent lies on a grey chequerboard."
     image = image.detach().cpu().clamp(0, 1)
     if image.shape[-1] != 4:
-        return image.numpy()
+        return viewable(image).numpy()
     rows, columns = torch.meshgrid(*(torch.arange(size) // 8 for size in image.shape[:2]), indexing="ij")
     paper = 0.75 + 0.15 * ((rows + columns) % 2)[..., None]
     return (image[..., :3] + (1 - image[..., 3:]) * paper).clamp(0, 1).numpy()
@@ -110,8 +110,8 @@ def save_results(
     result.scene.save(folder / "scene.json", truth.height, truth.width)
     atomic_write(folder / "metrics.json", (json.dumps(metrics(result), indent=1, allow_nan=False) + "\n").encode())
     atomic_write(folder / "history.csv", csv_bytes(columns, result.history))
-    save_picture(straight_alpha(result.image), folder / "render.png")
-    save_picture(straight_alpha(truth.image), folder / "target.png")
+    save_picture(viewable(result.image), folder / "render.png")
+    save_picture(viewable(truth.image), folder / "target.png")
     score = f"{len(result.scene):,} Gaussians: {result.psnr:.2f} dB, SSIM {result.ssim:.4f}"
     figure, file = comparison(result.scene, result.image, truth.image, score), io.BytesIO()
     figure.savefig(file, format="png")

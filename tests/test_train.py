@@ -753,11 +753,11 @@ def test_an_interrupt_in_the_first_step_gives_the_start():
     assert result.timing == TimingStats() and math.isfinite(result.psnr)
 
 
-# ── bystanders ──
+# ── wrappers ──
 
 
 def watcher(log, name, fails_at=None, error=KeyboardInterrupt):
-    "A bystander that writes down what it sees, and when it is closed."
+    "A wrapper that writes down what it sees, and when it is closed."
     def watch(trainer, records):
         log.append((name, "opened"))
         try:
@@ -777,7 +777,7 @@ def seen_by(log, name):
     return [what for who, what in log if who == name]
 
 
-def test_bystanders_see_every_record_in_their_order():
+def test_wrappers_see_every_record_in_their_order():
     log = []
     result = run(new_trainer(change(n_iterations=3)), watcher(log, "a"), watcher(log, "b"), progress=False)
     assert not result.interrupted and len(result.history) == 3
@@ -786,7 +786,7 @@ def test_bystanders_see_every_record_in_their_order():
     assert [who for who, what in log if what in (0, 1, 2)] == ["a", "b"] * 3, "the first one stands next to the trainer"
 
 
-def test_bystanders_change_nothing(tmp_path):
+def test_wrappers_change_nothing(tmp_path):
     plain = train(change(densify=GROWING), progress=False)
     trainer = make_trainer(change(densify=GROWING))
     watched = run(trainer, keep_checkpoints(tmp_path / "x.safetensors", 5), watcher([], "a"), progress=True)
@@ -794,7 +794,7 @@ def test_bystanders_change_nothing(tmp_path):
     assert numbers_of(plain.history) == numbers_of(watched.history)
 
 
-def test_bystanders_are_closed_after_an_interrupt_of_a_step():
+def test_wrappers_are_closed_after_an_interrupt_of_a_step():
     log, trainer = [], new_trainer(change(loss=stops_at(2, interrupt)))
     result = run(trainer, watcher(log, "a"), watcher(log, "b"), progress=False)
     assert result.interrupted and len(result.history) == 2
@@ -802,7 +802,7 @@ def test_bystanders_are_closed_after_an_interrupt_of_a_step():
         assert seen_by(log, name) == ["opened", 0, 1, "closed"]
 
 
-def test_bystanders_are_closed_after_an_error_of_a_step():
+def test_wrappers_are_closed_after_an_error_of_a_step():
     log, trainer = [], new_trainer(change(loss=stops_at(2, lambda image: image.mean() * math.nan)))
     with pytest.raises(FloatingPointError):
         run(trainer, watcher(log, "a"), watcher(log, "b"), progress=True)
@@ -812,7 +812,7 @@ def test_bystanders_are_closed_after_an_error_of_a_step():
 
 @pytest.mark.parametrize("failing", "ab")
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_bystanders_are_closed_after_an_interrupt_or_error_of_one_of_them(failing, error):
+def test_wrappers_are_closed_after_an_interrupt_or_error_of_one_of_them(failing, error):
     log, trainer = [], new_trainer()
     around = [watcher(log, name, 2 if name == failing else None, error) for name in "ab"]
     if error is OSError:
@@ -826,7 +826,7 @@ def test_bystanders_are_closed_after_an_interrupt_or_error_of_one_of_them(failin
     assert [record.step for record in trainer] == list(range(3, 12)), "the trainer itself can go on"
 
 
-def test_bystanders_are_closed_when_a_later_one_cannot_begin():
+def test_wrappers_are_closed_when_a_later_one_cannot_begin():
     log = []
 
     def broken(trainer, records):
@@ -838,7 +838,7 @@ def test_bystanders_are_closed_when_a_later_one_cannot_begin():
     assert seen_by(log, "a") == ["opened", 0, "closed"]
 
 
-def test_a_bystander_may_end_the_run():
+def test_a_wrapper_may_end_the_run():
     def first_five(trainer, records):
         for record in records:
             yield record
@@ -875,7 +875,7 @@ def test_keep_checkpoints_leaves_one_that_resumes_to_the_same_bytes(tmp_path, st
         keep_checkpoints(path, 0)
 
 
-def test_show_progress_is_a_bystander_like_others(capsys):
+def test_show_progress_is_a_wrapper_like_others(capsys):
     run(new_trainer(), show_progress, progress=False)
     assert "12/12" in capsys.readouterr().err
 

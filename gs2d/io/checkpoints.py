@@ -7,7 +7,7 @@ __all__ = ['write_checkpoint', 'read_checkpoint', 'keep_checkpoints']
 
 # %% ../../nbs/workshop/checkpoints.ipynb #export-imports
 # The format is safetensors: named tensors, and metadata that is text. Unlike a pickle it runs no code when it is read.
-# This module does not know what a trainer is.
+# A trainer is whatever saves itself.
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -57,8 +57,8 @@ def read_checkpoint(
 def keep_checkpoints(
     path: str | os.PathLike,  # usually ending in .safetensors; replaced in one step each time
     every_n_steps: int = 100,
-) -> Callable:  # a bystander for `gs2d.train.run`
-    "Save the trainer every so many steps, and at the end."
+) -> Callable:  # a wrapper for `gs2d.train.run`
+    "Save the trainer every so many steps, and at the last one."
     every_n_steps = checks.whole("every_n_steps", every_n_steps)
 
     def keep(trainer, records: Iterator) -> Iterator:

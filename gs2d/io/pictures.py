@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'PICTURE_SUFFIXES', 'to_pil', 'png_bytes', 'picture_background', 'load_picture', 'save_picture',
-           'straight_alpha', 'pictures_in']
+           'straight_alpha', 'viewable', 'pictures_in']
 
 # %% ../../nbs/workshop/pictures.ipynb #export-imports
 import io
@@ -127,10 +127,10 @@ def _read(picture) -> np.ndarray:
 def picture_background(value) -> tuple[float, float, float]:
     "What lies behind a picture, as three floats in [0, 1], or a clear error."
     try:
-        values = tuple(float(v) for v in value)
+        values = (0.0, 0.0, 0.0) if value is None else tuple(float(v) for v in value)
     except (TypeError, ValueError):
         values = ()
-    if len(values) != 3 or not all(0 <= v <= 1 for v in values):
+    if isinstance(value, str) or len(values) != 3 or not all(0 <= v <= 1 for v in values):
         raise ValueError(f"background: expected three numbers in [0, 1], got {value!r}")
     return values
 
@@ -158,7 +158,7 @@ def _shrink(pixels: np.ndarray, max_side: int | None) -> np.ndarray:
 def load_picture(
     picture,  # a path, an open binary file, a Pillow image, a numpy array or a torch tensor
     max_side: int | None = None,  # pixels of the longer side at most; None keeps the size
-    background: tuple[float, float, float] = (0.0, 0.0, 0.0),  # what shows through where the picture is transparent
+    background: tuple[float, float, float] | None = None,  # what shows through where it is transparent; None: black
 ) -> Tensor:  # (H, W, 3) float32 in [0, 1], row 0 on top
     """Whatever somebody calls a picture, as the tensor that training needs.
 
@@ -208,6 +208,14 @@ def straight_alpha(
     color, covered = image.clamp(0, 1).split([3, 1], -1)
     color = (color / covered.clamp(min=1 / 255)).clamp(0, 1)
     return torch.cat([torch.where(covered < 0.5 / 255, 0.0, color), covered], -1)
+
+# %% ../../nbs/workshop/pictures.ipynb #viewable
+def viewable(
+    image: Tensor,  # (H, W, C)
+) -> Tensor:  # (H, W, 1|3|4) with straight alpha
+    "What a picture file can hold of an image with any number of channels."
+    channels = image.shape[-1]
+    return straight_alpha(image) if channels in (1, 3, 4) else image[..., : 3 if channels > 4 else 1]
 
 # %% ../../nbs/workshop/pictures.ipynb #bench-folder
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")

@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from .operators import KERNELS
+from .operators import has_kernels
 
 # %% ../../nbs/workshop/devices.ipynb #device-real
 _told = set()  # what has been said once
@@ -36,7 +36,7 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
 
 def _fastest(types: list[str]) -> torch.device:
     "The first type of device with kernels; those before it that have none are named once."
-    chosen = next((name for name in types if name in KERNELS), types[-1])
+    chosen = next((name for name in types if has_kernels(name)), types[-1])
     passed = types[: types.index(chosen)]
     if passed and chosen not in _told:
         _told.add(chosen)

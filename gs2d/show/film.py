@@ -21,14 +21,13 @@ from urllib.parse import quote
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from ..checks import member, whole
 from ..io.containers import FrameWriter, as_frame, last_frame, saved_frames
 from ..loss import psnr
 from ..renderer import render
 from .views import View, add_strips, draw_view
-from ..train import Bystander, StepRecord, Trainer, TrainResult, run
+from ..train import StepRecord, Trainer, TrainResult, Wrapper, run
 
 # %% ../../nbs/07_video.ipynb #beat2-layout
 class Layout(str, Enum):
@@ -55,7 +54,6 @@ def draw_frame(
     if scale is None:
         plain = layout is Layout.RENDER and not (caption or curve)
         scale = 1 if plain else math.ceil(_MIN_SIDE / max(truth.height, truth.width))
-    truth = trainer.ground_truth
     image = render(trainer.scene, truth.height, truth.width)
     target = truth.image.to(image)
     row = (View.RENDER, View.TARGET, View.ERROR)
@@ -168,7 +166,7 @@ def film(
     caption: bool = True,
     curve: bool = True,
     scale: int | None = None,
-) -> Bystander:
+) -> Wrapper:
     "A wrapper for one run: passes every record on, and films the trainer from before the first step to the end."
     recorder = VideoRecorder(path, every, fps, layout, caption, curve, scale)
 

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..checks import member
-from ..gaussians import Gaussians2D
+from ..gaussians import Gaussians2D, rgb
 from ..io.pictures import to_pil
 from ..renderer import Blend, project, rasterize
 from ..results import ERROR_FULL_SCALE, error_map
@@ -35,7 +35,7 @@ def overlay_outlines(
     "The picture, dimmed, with each Gaussian's ellipse in a light version of its colour: `draw_outlines`, fast."
     import cv2
 
-    values = (scene.means, n_std * scene.scales, scene.rotations, scene.colors[:, :3].clamp(0, 1).expand(-1, 3))
+    values = (scene.means, n_std * scene.scales, scene.rotations, rgb(scene.colors).clamp(0, 1))
     means, radii, angles, colors = (value.detach().cpu().double().nan_to_num().numpy() for value in values)
     turn = np.linspace(0, 2 * np.pi, 40, endpoint=False)
     along, across = radii[:, :1] * np.cos(turn), radii[:, 1:] * np.sin(turn)
