@@ -74,6 +74,7 @@ class LiveSession:
         self.state, self.error = State.IDLE, None
         self._rest = threading.Condition()  # one caller at a time may start and change; notified when the work is over
         self._worker = self._thread = None  # who trains and draws at present; the last thread in the background
+        self._n_runs = 0  # started so far
         self._notes = deque()  # functions to call between two steps
         self._stop, self._then = threading.Event(), State.PAUSED
 
@@ -84,6 +85,7 @@ class LiveSession:
             if not self._may("run"):
                 return
             self._stop.clear()
+            self._n_runs += 1
             self._then, self.state = State.PAUSED, State.RUNNING
             if self.background:
                 self._worker = self._thread = TrainingThread(self, self._work)
@@ -110,7 +112,8 @@ class LiveSession:
     def stop(self) -> None:
         "Stop after the present step, for good."
         with self._rest:
-            self._halt(State.DONE)
+            while not self._halt(State.DONE):
+                pass
             if self.state is State.PAUSED:
                 self.state = State.DONE
                 self.watch()
@@ -122,7 +125,8 @@ class LiveSession:
             return
         with self._rest:
             was_running = self.state is State.RUNNING
-            self._halt(State.PAUSED)
+            while not self._halt(State.PAUSED):
+                pass
             self.ground_truth = ground_truth or self.ground_truth
             try:
                 self.trainer = make_trainer(self.config, ground_truth=self.ground_truth)
@@ -137,11 +141,14 @@ class LiveSession:
         self,
         timeout: float | None = None,  # seconds; None waits for as long as it takes
     ) -> bool:
-        "Until nobody trains or draws: after a pause, at the end, or after an error. Says whether that is so."
+        "Until the present run rests, and nobody trains or draws for it. Says whether that is so."
         with self._rest:
-            if self._is_worker() or not self._rest.wait_for(lambda: self._worker is None, timeout):
+            n_runs, thread = self._n_runs, self._thread
+            if self._is_worker():
                 return False
-            thread = self._thread
+            # Somebody else may have started the next run before the end of this one is heard of here.
+            if not self._rest.wait_for(lambda: self._worker is None or self._n_runs > n_runs, timeout):
+                return False
         if thread is not None:
             thread.join()  # it has nothing left to do
         return True
@@ -232,8 +239,11 @@ class LiveSession:
             self.wait()
         return self._worker is None and what in ALLOWED[self.state]
 
-    def _halt(self, then: State) -> None:
-        if self.state is State.RUNNING:
-            self._then = then
-            self._stop.set()
-        self.wait()
+    def _halt(self, then: State) -> bool:
+        "End the present run, and wait for that. False if somebody else has started the next one meanwhile."
+        with self._rest:
+            if self.state is State.RUNNING:
+                self._then = then
+                self._stop.set()
+            self.wait()
+            return self._worker is None or self._is_worker()
