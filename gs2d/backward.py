@@ -222,7 +222,7 @@ def ssim_backward(
     image: Tensor,  # (H, W, C)
     target: Tensor,  # (H, W, C)
 ) -> Tensor:  # (H, W, C) ∂SSIM/∂image
-    "Backward of the mean of `gs2d.loss.ssim_map`. It points to more similarity: the loss 1 - SSIM has the opposite sign."
+    "Backward of the mean of `gs2d.loss.ssim_map`. It points to more similarity: 1 - SSIM has the opposite sign."
     _expect_shape("target", target, *image.shape)
     shortest = min(SSIM_WINDOW, *image.shape[:2])
     size = shortest if shortest % 2 else shortest - 1

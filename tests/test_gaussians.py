@@ -41,7 +41,7 @@ def test_domain_keeps_pixels_square_and_refuses_nonsense():
     for wrong in ((1, 1), (2, 1), (0, math.inf), (math.nan, 1), (1, 2, 3), "ab", None):
         with pytest.raises(ValueError, match="x_dim: expected"):
             Domain2D(x_dim=wrong)
-    with pytest.raises(ValueError, match="0×5"):
+    with pytest.raises(ValueError, match="height: expected a whole number of at least 1, got 0"):
         Domain2D.for_image(0, 5)
 
 

@@ -72,7 +72,7 @@ def test_random_refuses_counts_and_sizes_below_one(arguments):
         GroundTruth.random(*arguments)
 
 
-@pytest.mark.parametrize("background", [(0, 0), (0, 0, 2), (0, 0, math.nan), None, "white", 0.5])
+@pytest.mark.parametrize("background", [(0, 0), (0, 0, 2), (0, 0, math.nan), "white", "010", 0.5])
 def test_background_is_three_numbers_in_range(background):
     for make in (lambda: GroundTruth.random(3, 8, 8, background=background), lambda: GroundTruth.from_image(colors(), background=background)):
         with pytest.raises(ValueError, match="three numbers"):

@@ -187,7 +187,7 @@ def test_only_one_session_trains_at_a_time():
 
 
 def test_in_the_foreground_run_returns_at_the_end_and_an_interrupt_pauses():
-    session = LiveSession(TRUTH, change(n_iterations=7), background=False)
+    session = LiveSession(TRUTH, change(n_iterations=7), threaded=False)
     session.run()
     assert (session.state, session.trainer.steps_done) == (State.DONE, 7)
 
@@ -195,7 +195,7 @@ def test_in_the_foreground_run_returns_at_the_end_and_an_interrupt_pauses():
         if session.trainer.steps_done == 3 and session.state is State.RUNNING:
             raise KeyboardInterrupt
 
-    session = LiveSession(TRUTH, LONG, watch=interrupt, background=False)
+    session = LiveSession(TRUTH, LONG, watch=interrupt, threaded=False)
     session.run()
     assert (session.state, session.trainer.steps_done) == (State.PAUSED, 3)
     session.step()
@@ -262,15 +262,15 @@ def test_a_run_that_starts_while_the_last_one_is_drawn_for_the_last_time_waits_f
         assert not clicker.is_alive() and not watch.met and not training_threads()
 
 
-@pytest.mark.parametrize("background", [True, False])
+@pytest.mark.parametrize("threaded", [True, False])
 @pytest.mark.parametrize("call, end, steps", [("pause", State.PAUSED, 3), ("stop", State.DONE, 3), ("run", State.DONE, 6), ("step", State.DONE, 6)])
-def test_calls_from_within_watch_return_at_once_and_act_after_the_step(background, call, end, steps):
+def test_calls_from_within_watch_return_at_once_and_act_after_the_step(threaded, call, end, steps):
     def from_within():
         if session.trainer.steps_done == 3 and session.state is State.RUNNING:
             getattr(session, call)()
             assert session.state is State.RUNNING and not session.wait(30) and session.ask(lambda: 7) == 7
 
-    session = LiveSession(TRUTH, change(n_iterations=6), from_within, background)
+    session = LiveSession(TRUTH, change(n_iterations=6), from_within, threaded)
     session.run()
     assert session.wait(30) and (session.state, session.trainer.steps_done, session.error) == (end, steps, None)
 
@@ -314,7 +314,7 @@ def test_an_error_in_the_last_drawing_leaves_nobody_waiting():
         if session.state is not State.RUNNING:
             raise KeyboardInterrupt
 
-    session = LiveSession(TRUTH, change(n_iterations=3), broken, background=False)
+    session = LiveSession(TRUTH, change(n_iterations=3), broken, threaded=False)
     with pytest.raises(KeyboardInterrupt):
         session.run()
     assert session.wait(0) and session.state is State.DONE

@@ -35,7 +35,7 @@ history = list(play.trainer.history)
 print(json.dumps(dict(
     steps=len(history), state=play.session.state.value, n=len(play.trainer.scene), rates=sorted({record.lr for record in history}),
     threads=[thread.name for thread in threading.enumerate()].count("gs2d-training"))))"""
-FOREGROUND_CELL = """in_cell = LiveTrainer(blobs, TrainConfig(n_gaussians=30, n_iterations=10**6, device="cpu"), background=False)
+FOREGROUND_CELL = """in_cell = LiveTrainer(blobs, TrainConfig(n_gaussians=30, n_iterations=10**6, device="cpu"), threaded=False)
 in_cell"""
 BUSY_CELL = """print("busy", flush=True)
 for _ in range(6000): time.sleep(0.1)"""

@@ -195,7 +195,7 @@ def test_a_pillow_image_is_left_as_it_was():
     assert image.tobytes() == before and image.size == (8, 6)
 
 
-@pytest.mark.parametrize("background", [(0, 0), (0, 0, 2), (0, 0, math.nan), None, "white", 0.5])
+@pytest.mark.parametrize("background", [(0, 0), (0, 0, 2), (0, 0, math.nan), "white", "010", 0.5])
 def test_background_is_three_numbers_in_range(background):
     with pytest.raises(ValueError, match=r"three numbers in \[0, 1\]"):
         load_picture(colors(), background=background)

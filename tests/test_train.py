@@ -16,11 +16,10 @@ from gs2d.densify import DensifyConfig, ErrorGrowth
 from gs2d.gaussians import PARAMETER_NAMES, Blend, Gaussians2D
 from gs2d.ground_truth import GroundTruth
 from gs2d.init_levels import InitLevel, initialize_scene
-from gs2d.kernels import devices
+from gs2d.io.checkpoints import keep_checkpoints
+from gs2d.kernels import devices, operators
 from gs2d.kernels.devices import resolve_device
 from gs2d.loss import L1SSIMLoss, l1_loss, l2_loss, psnr, ssim
-from gs2d.io.checkpoints import keep_checkpoints
-from gs2d.kernels.operators import KERNELS
 from gs2d.renderer import render
 from gs2d.train import (
     FINAL_LR_FRACTION, LRSchedule, StepRecord, TimingStats, TrainConfig, Trainer, learning_rate,
@@ -226,7 +225,8 @@ def test_auto_takes_the_device_with_kernels_and_says_so_once(monkeypatch, capsys
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(devices, "_told", set())
-    monkeypatch.setattr(devices, "KERNELS", {"cpu": KERNELS["cpu"]})
+    monkeypatch.setattr(operators, "KERNELS", {"cpu": operators.KERNELS["cpu"]})
+    monkeypatch.setattr(operators, "_registered", {})
     for _ in range(3):
         assert resolve_device("auto") == resolve_device() == torch.device("cpu")
         assert new_trainer(change(device="auto")).device == torch.device("cpu")
@@ -237,12 +237,29 @@ def test_auto_takes_the_device_with_kernels_and_says_so_once(monkeypatch, capsys
     assert capsys.readouterr().err == "", "who names a device is told nothing"
 
 
+def test_auto_takes_a_device_whose_kernels_somebody_registered(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(operators, "_registered", {"cuda": operators.kernels_of("cpu"), "cpu": operators.Kernels()})
+    assert resolve_device("auto").type == "cuda"
+
+
+def test_a_longer_run_repeats_no_round_of_growth():
+    trainer = new_trainer(change(densify=ErrorGrowth(rounds=3, max_gaussians=500, stop_fraction=0.5), n_iterations=20))
+    list(trainer)
+    grown = len(trainer.scene)
+    trainer.update(n_iterations=60)
+    list(trainer)
+    assert len(trainer.scene) == grown and len(trainer.history) == 60
+
+
 def test_auto_takes_the_best_device_there_is(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(devices, "_told", set())
-    monkeypatch.setattr(devices, "KERNELS", dict.fromkeys(("cuda", "mps", "cpu"), "some.kernels"))
+    monkeypatch.setattr(operators, "KERNELS", dict.fromkeys(("cuda", "mps", "cpu"), "some.kernels"))
+    monkeypatch.setattr(operators, "_registered", {})
     assert resolve_device("auto").type == "cuda" and resolve_device("cuda:0").index == 0
     with pytest.raises(ValueError, match="available here .cuda:0, mps, cpu., got 'cuda:1'"):
         resolve_device("cuda:1")

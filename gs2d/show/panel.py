@@ -173,8 +173,8 @@ class Film:
 def _default_config(truth: GroundTruth) -> TrainConfig:
     "Something to start from: as many Gaussians as the known scene has, or 300 placed by the content of a picture."
     if truth.scene is not None:
-        return TrainConfig(n_gaussians=len(truth.scene), blend=truth.blend)
-    return TrainConfig(n_gaussians=300, init_level=InitLevel.CONTENT, blend=truth.blend, densify=DensifyConfig())
+        return TrainConfig(n_gaussians=len(truth.scene))
+    return TrainConfig(n_gaussians=300, init_level=InitLevel.CONTENT, densify=DensifyConfig())
 
 # %% ../../nbs/08_live.ipynb #panel-connect
 def _after_cell(result) -> None:
@@ -196,13 +196,13 @@ class LiveTrainer:
         self,
         picture,  # a GroundTruth, or whatever `GroundTruth.from_image` takes
         config: TrainConfig | None = None,  # None: as many Gaussians as the known scene, or 300 for a picture
-        background: bool = True,  # False: trains in the cell that shows it, until done or interrupted
+        threaded: bool = True,  # False: trains in the cell that shows it, until done or interrupted
         max_side: int = 384,  # pixels; a larger picture is shrunk to it, a given GroundTruth is not
         folder: str | Path = "gs2d-out",  # where the save buttons write
     ):
         self.max_side, self.folder = max_side, Path(folder)
         truth = picture if isinstance(picture, GroundTruth) else GroundTruth.from_image(picture, max_side)
-        self.session = LiveSession(truth, config or _default_config(truth), self._watch, background)
+        self.session = LiveSession(truth, config or _default_config(truth), self._watch, threaded)
         if LiveTrainer._open is not None:
             LiveTrainer._open.close()
         self._screen, self._settings = Screen(self.session), Settings(self.session)
@@ -256,7 +256,7 @@ class LiveTrainer:
         from IPython.display import display
 
         display(self.box)
-        if not self.session.background:
+        if not self.session.threaded:
             self.session.run()
 
     def _arranged(self) -> widgets.VBox:

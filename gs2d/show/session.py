@@ -67,9 +67,9 @@ class LiveSession:
         ground_truth: GroundTruth,
         config: TrainConfig,
         watch: Callable[[], None] = lambda: None,  # called after each step, by who took it, and when the state changes
-        background: bool = True,  # False: `run` itself takes the steps, until done or interrupted
+        threaded: bool = True,  # False: `run` itself takes the steps, until done or interrupted
     ):
-        self.ground_truth, self.config, self.watch, self.background = ground_truth, config, watch, background
+        self.ground_truth, self.config, self.watch, self.threaded = ground_truth, config, watch, threaded
         self.trainer = make_trainer(config, ground_truth=ground_truth)
         self.state, self.error = State.IDLE, None
         self._rest = threading.Condition()  # one caller at a time may start and change; notified when the work is over
@@ -87,7 +87,7 @@ class LiveSession:
             self._stop.clear()
             self._n_runs += 1
             self._then, self.state = State.PAUSED, State.RUNNING
-            if self.background:
+            if self.threaded:
                 self._worker = self._thread = TrainingThread(self, self._work)
                 self._thread.start()
                 return
@@ -134,7 +134,7 @@ class LiveSession:
             except (TypeError, ValueError) as error:
                 self.state, self.error = State.FAILED, error
             self.watch()
-        if was_running and self.background:
+        if was_running and self.threaded:
             self.run()
 
     def wait(
