@@ -11,7 +11,6 @@ __all__ = ['WEIGHT_EPS', 'MAX_ALPHA', 'rotation_matrices', 'covariances', 'conic
 # A Gaussian's weight is 1 at its centre and exactly 0 beyond 3.33 standard deviations. Parameters are stored raw
 # (log_scales, opacity_logits); scales and opacities are their activated values. This module knows nothing of
 # pixels: pictures are made by gs2d.renderer. Files are in gs2d.io.scenes.
-import io
 import math
 import os
 from dataclasses import dataclass
@@ -22,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
-from .io.scenes import SceneRecord, read_scene, write_scene
+from .io.pictures import png_beside
+from .io.scenes import SceneRecord, read_scene, record_of, write_scene
 
 # %% ../nbs/00_gaussians.ipynb #cutoff
 PARAMETER_NAMES = ("means", "log_scales", "rotations", "opacity_logits", "colors")
@@ -229,18 +229,6 @@ class Gaussians2D(nn.Module):
         "The picture that Jupyter shows: the scene at thumbnail size, and its outlines."
         return _thumbnail(self)
 
-    def record(
-        self,
-        height: int | None = None,  # pixels of the picture the scene was fitted to, if any
-        width: int | None = None,
-    ) -> SceneRecord:
-        "The scene as plain activated values, in float64 so that a float32 scene survives the round trip."
-        raw = [getattr(self, name).detach().cpu().double() for name in PARAMETER_NAMES]
-        means, log_scales, rotations, logits, colors = raw
-        return SceneRecord(
-            means, log_scales.exp(), rotations, logits.sigmoid(), colors, self.domain.x_dim, self.domain.y_dim,
-            getattr(self.blend, "value", self.blend), self.background, height, width)
-
     @classmethod
     def from_record(cls, record: SceneRecord) -> "Gaussians2D":
         "The scene of a record, as `gs2d.io.scenes.read_scene` returns it."
@@ -254,7 +242,7 @@ class Gaussians2D(nn.Module):
         width: int | None = None,
     ) -> Path:
         "Write a scene file: the Gaussians, the domain, blend and background (see `gs2d.io.scenes`)."
-        return write_scene(self.record(height, width), path)
+        return write_scene(record_of(self, height, width), path)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Gaussians2D":
@@ -309,22 +297,12 @@ def _preview(scene: Gaussians2D, rows: int, columns: int) -> Tensor:
     return (ink + (through if scene.blend == Blend.OVER else 1) * background).reshape(rows, columns, 3)
 
 # %% ../nbs/00_gaussians.ipynb #thumbnail
+@torch.no_grad()
 def _thumbnail(scene: Gaussians2D, size: int = 144) -> bytes:
     "PNG of the scene beside its outlines; the longer side of the picture has `size` pixels."
-    from matplotlib.figure import Figure
-
-    longest = max(scene.domain.width, scene.domain.height)
-    columns, rows = (max(1, round(size * extent / longest)) for extent in (scene.domain.width, scene.domain.height))
-    with torch.no_grad():
-        image = _preview(scene.clone().cpu().float(), rows, columns).nan_to_num().clamp(0, 1).numpy()
-    figure = Figure(figsize=(5, 0.3 + 2.4 * rows / columns), dpi=72, layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.imshow(image, extent=(*scene.domain.x_dim, *scene.domain.y_dim))
-    draw_outlines(scene, right, linewidths=0.8)
-    right.set_facecolor("0.92")
-    for ax, title in ((left, f"{len(scene)} Gaussian{'s' * (len(scene) != 1)}"), (right, "outlines at 2σ")):
-        ax.set_title(title, fontsize=9)
-        ax.set(xticks=[], yticks=[])
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    domain = scene.domain
+    columns, rows = (max(1, round(size * side / scene.extent)) for side in (domain.width, domain.height))
+    image = _preview(scene.clone().cpu().float(), rows, columns).nan_to_num()
+    titles = f"{len(scene)} Gaussian{'s' * (len(scene) != 1)}", "outlines at 2σ"
+    extent = *domain.x_dim, *domain.y_dim
+    return png_beside(image, extent, lambda ax: draw_outlines(scene, ax, linewidths=0.8), titles)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from . import checks
 from .config import Loss, LRSchedule, TrainConfig
 from .densify import densify
-from .gaussians import Blend, Domain2D, Gaussians2D
+from .gaussians import Blend, Gaussians2D
 from .ground_truth import GroundTruth
 from .growth import DensificationState
 from .init_levels import initialize_scene
@@ -36,6 +36,7 @@ from .kernels.devices import resolve_device
 from .loss import psnr
 from .records import StepRecord, TimingStats, TrainResult
 from .renderer import render
+from .resume import restored, trainer_state
 
 # %% ../nbs/06_train.ipynb #schedule-real
 FINAL_LR_FRACTION = 0.01  # where EXPONENTIAL ends; 3DGS lets its positions' rate fall by the same factor
@@ -221,7 +222,7 @@ class Trainer:
         path: str | os.PathLike,  # usually ending in .safetensors; replaced in one step if it exists
     ) -> Path:
         "Write a checkpoint: all that the next step depends on, and the history."
-        return write_checkpoint(path, *_state(self))
+        return write_checkpoint(path, *trainer_state(self))
 
     @staticmethod
     def load(
@@ -229,59 +230,11 @@ class Trainer:
         device: str | None = None,  # None takes the one in the saved configuration
     ) -> "Trainer":
         "Read a checkpoint. On one machine's CPU the run ends in the same bytes as if it had never stopped."
-        return _restored(*read_checkpoint(path), device)
+        return restored(Trainer, *read_checkpoint(path), device)
 
     def __repr__(self) -> str:
         length = f"{self.config.n_iterations} steps" if self.config.seconds is None else f"{self.config.seconds:g} s"
         return f"Trainer({self.steps_done} steps of {length}, {len(self.scene)} Gaussians, {self.device})"
-
-# %% ../nbs/06_train.ipynb #resume-write
-def _rows(name: str, scene: nn.Module) -> dict[str, Tensor]:
-    return {f"{name}.{parameter}": values for parameter, values in scene.named_parameters()}
-
-
-def _state(trainer: Trainer) -> tuple[dict[str, Tensor], dict]:
-    "Everything that the next step depends on, as tensors and as what JSON can hold."
-    truth = trainer.ground_truth
-    tensors = {"truth.image": truth.image} | _rows("scene", trainer.scene)
-    tensors |= {} if truth.scene is None else _rows("truth.scene", truth.scene)
-    for group in trainer.optimizer.param_groups:
-        state = trainer.optimizer.state.get(group["params"][0], {})
-        tensors |= {f"adam.{group['name']}.{key}": value for key, value in state.items()}
-    tensors |= {f"densification.{key}": value for key, value in trainer.densification.state_dict().items()}
-    tensors["history"] = torch.tensor(trainer.history, dtype=torch.float64).reshape(-1, len(StepRecord._fields))
-    return tensors, dict(
-        config=trainer.config.to_dict(), steps_done=trainer.steps_done, seconds_spent=trainer.seconds_spent,
-        grown_until=trainer.grown_until,
-        domain=[trainer.scene.domain.x_dim, trainer.scene.domain.y_dim],
-        truth_domain=[truth.domain.x_dim, truth.domain.y_dim], blend=truth.blend, background=truth.background)
-
-# %% ../nbs/06_train.ipynb #resume-load
-def _restored(tensors: dict[str, Tensor], about: dict, device: str | None) -> Trainer:
-    "The trainer that `_state` wrote down."
-
-    def below(name: str) -> dict[str, Tensor]:
-        start = f"{name}."
-        return {key.removeprefix(start): tensors[key] for key in tensors if key.startswith(start)}
-
-    look = dict(blend=about["blend"], background=about["background"])
-
-    def scene(name: str, domain: Domain2D) -> Gaussians2D | None:
-        return Gaussians2D(**below(name), domain=domain, **look) if below(name) else None
-
-    domain = Domain2D(*about["truth_domain"])
-    truth = GroundTruth(tensors["truth.image"], scene("truth.scene", domain), domain, **look)
-    config = TrainConfig.from_dict(about["config"] | ({} if device is None else {"device": str(device)}))
-    trainer = Trainer(truth, scene("scene", Domain2D(*about["domain"])), config)
-    for name in ("steps_done", "seconds_spent", "grown_until"):
-        setattr(trainer, name, about[name])
-    trainer.densification.load_state_dict(below("densification"))
-    for group in trainer.optimizer.param_groups:
-        state = {key: value.to(trainer.device) for key, value in below(f"adam.{group['name']}").items()}
-        trainer.optimizer.state[group["params"][0]] = state
-    for step, *numbers, n_gaussians, step_ms in tensors["history"].tolist():
-        trainer.history.append(StepRecord(int(step), *numbers, int(n_gaussians), step_ms))
-    return trainer
 
 # %% ../nbs/06_train.ipynb #run-real
 Wrapper = Callable[["Trainer", Iterator[StepRecord]], Iterator[StepRecord]]

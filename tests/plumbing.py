@@ -14,7 +14,7 @@ LESSONS = sorted((ROOT / "nbs").glob("0[0-6]_*.ipynb"))
 MOST = 0.2  # of the code lines of a lesson
 # Functions that check, convert, describe, read or write: all of their lines count.
 NAMES = ("_check", "_interval", "__post_init__", "__repr__", "extra_repr", "_repr_png_", "to_dict", "from_dict", "save", "load", "record",
-         "from_record", "to_pil", "named_loss", "loss_name", "state_dict", "load_state_dict")
+         "from_record", "to_pil", "_thumbnail", "named_loss", "loss_name", "state_dict", "load_state_dict")
 # Modules and functions that have to do with files, formats, arguments and screens: a statement that calls one counts.
 CALLS = {"open", "Path", "tempfile", "json", "os", "io", "shutil", "struct", "atomic_write", "read_checkpoint", "write_checkpoint",
          "read_scene", "write_scene", "checks", "print_exc"}

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from gs2d.gaussians import (
     CUTOFF_POWER, CUTOFF_STD, PARAMETER_NAMES, Blend, Domain2D, Gaussians2D, conics, covariances, gaussian_weights)
+from gs2d.io.scenes import record_of
 
 
 def test_weight_is_one_at_the_centre_and_zero_beyond_the_cutoff():
@@ -80,7 +81,7 @@ def test_a_scene_carries_its_look(blend, channels):
     plain, background = make_scene(3, channels=channels), tuple(0.1 * k for k in range(channels))
     assert plain.blend is Blend.WEIGHTED and plain.background == (0.0,) * channels
     scene = make_scene(3, channels=channels, blend=blend.value, background=background)
-    for one in (scene, scene.clone(), Gaussians2D.from_record(scene.record())):
+    for one in (scene, scene.clone(), Gaussians2D.from_record(record_of(scene))):
         assert one.blend is blend and one.background == background
         assert f"{blend.value}" in repr(one)
     assert " on " not in repr(plain)

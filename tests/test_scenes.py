@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from gs2d.gaussians import PARAMETER_NAMES, Blend, Domain2D, Gaussians2D
 from gs2d.io.files import atomic_write
-from gs2d.io.scenes import BLENDS, FORMATS, read_scene, write_scene
+from gs2d.io.scenes import BLENDS, FORMATS, read_scene, record_of, write_scene
 from gs2d.renderer import render
 
 FLAT = {
@@ -125,7 +125,7 @@ def test_a_record_that_could_not_be_read_again_is_not_written(tmp_path, change, 
     path = make_scene(2).save(tmp_path / "s.json")
     before = path.read_bytes()
     with pytest.raises((TypeError, ValueError), match=f"{message}.*nothing was saved"):
-        write_scene(dataclasses.replace(make_scene(2).record(), **change), path)
+        write_scene(dataclasses.replace(record_of(make_scene(2)), **change), path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
