@@ -69,7 +69,8 @@ def rasterize(
     geometry = [flat(tensor) for tensor in (means, conics, opacities)]
     for group, (part, behind, real) in enumerate(groups_of_three(colors, background)):
         packed, rows, planes = _views(saved, group, n, height, width, blend)
-        packed[:], rows[:], planes[_PLANES[blend] * height * _row(width) :] = 0, 0, 0
+        for region in (packed, rows, planes[_PLANES[blend] * height * _row(width) :]):
+            region.view(np.uint8)[:] = 0  # bytes: assigning 0 to a record goes field by field
         prepare(*geometry, flat(part), height, width, packed, rows)
         image = torch.empty(height, width, 3)
         if blend == "over":
