@@ -11,10 +11,10 @@ from gs2d.gaussians import Domain2D, Gaussians2D
 from gs2d.ground_truth import GroundTruth
 from gs2d.io.pictures import to_pil
 from gs2d.renderer import render
-from gs2d.results import ERROR_FULL_SCALE, comparison, error_map
+from gs2d.results import comparison, error_map
 from gs2d.show import views
 from gs2d.show.views import (
-    LEGENDS, Curves, View, draw_caption, draw_curve, draw_view, encode, overlay_outlines)
+    ERROR_FULL_SCALE, LEGENDS, Curves, View, draw_caption, draw_curve, draw_view, encode, overlay_outlines)
 from gs2d.train import StepRecord
 
 TRUTH = GroundTruth.random(6, 24, 32, seed=1)
