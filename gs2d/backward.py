@@ -31,13 +31,14 @@ def gaussian_weights_backward(
     conics: Tensor,  # (N, 3) entries (a, b, c) of the inverse covariances
     points: Tensor,  # (P, 2) where the weights were evaluated, in the units of the means
     grad_weights: Tensor,  # (P, N) ∂L/∂w
+    floor: float = 0.0,  # κ, what the forward pass took off
 ) -> tuple[Tensor, Tensor]:  # ∂L/∂means (N, 2) and ∂L/∂conics (N, 3)
     "Backward of `gs2d.gaussians.gaussian_weights`; nothing flows where a weight was cut to 0."
     _expect_shape("grad_weights", grad_weights, len(points), len(means))
     dx = points[:, None, 0] - means[:, 0]  # d = p - m
     dy = points[:, None, 1] - means[:, 1]
     a, b, c = conics.unbind(-1)
-    grad_power = -0.5 * gaussian_weights(means, conics, points) * grad_weights  # ∂w/∂q = -w/2
+    grad_power = -0.5 / (1 - floor) * gaussian_weights(means, conics, points) * grad_weights  # ∂w/∂q = -w/2
     sum_x, sum_y = (grad_power * dx).sum(0), (grad_power * dy).sum(0)
     grad_mx = -2 * (a * sum_x + b * sum_y)  # ∂q/∂mx = -2 (a dx + b dy)
     grad_my = -2 * (b * sum_x + c * sum_y)  # ∂q/∂my = -2 (b dx + c dy)
@@ -116,17 +117,17 @@ def rasterize_backward(
     "Backward of `gs2d.renderer.rasterize`: what a wish for every pixel asks of every Gaussian on the screen."
     means, shapes, opacities, colors = (tensor.detach() for tensor in screen)
     _expect_shape("grad_image", grad_image, height, width, colors.shape[-1])
-    blend_backward = _BLEND_BACKWARDS[Blend(blend)]
+    blend_backward, floor = _BLEND_BACKWARDS[Blend(blend)], Blend(blend).floor
     background = torch.as_tensor(background, dtype=means.dtype, device=means.device)
     grads = ScreenGaussians(*(torch.zeros_like(tensor) for tensor in screen))
     points = pixel_centers(height, width, means.dtype, means.device).reshape(-1, 2)
     piece = max(1, _PAIRS_PER_PIECE // max(1, len(means)))
     for part, grad_part in zip(points.split(piece), grad_image.reshape(len(points), -1).split(piece)):
-        weights = gaussian_weights(means, shapes, part)
+        weights = gaussian_weights(means, shapes, part, floor)
         grad_strengths, grad_colors = blend_backward(weights * opacities, colors, background, grad_part)
         grad_opacities = (grad_strengths * weights).sum(0)  # s = o w, so ∂s/∂o = w
         grad_weights = grad_strengths * opacities  # and ∂s/∂w = o
-        grad_means, grad_conics = gaussian_weights_backward(means, shapes, part, grad_weights)
+        grad_means, grad_conics = gaussian_weights_backward(means, shapes, part, grad_weights, floor)
         for total, grad in zip(grads, (grad_means, grad_conics, grad_opacities, grad_colors)):
             total += grad
     return grads

@@ -26,7 +26,8 @@ from .io.scenes import SceneRecord, read_scene, record_of, write_scene
 
 # %% ../nbs/00_gaussians.ipynb #cutoff
 PARAMETER_NAMES = ("means", "log_scales", "rotations", "opacity_logits", "colors")
-CUTOFF_POWER = 2 * math.log(255)  # dᵀΣ⁻¹d beyond which a Gaussian's weight is below 1/255, and taken as 0
+CUTOFF_WEIGHT = 1 / 255  # κ: a weight below it is taken as 0
+CUTOFF_POWER = -2 * math.log(CUTOFF_WEIGHT)  # dᵀΣ⁻¹d at which a weight is κ
 CUTOFF_STD = math.sqrt(CUTOFF_POWER)  # the same, in standard deviations: about 3.33
 
 # %% ../nbs/00_gaussians.ipynb #shape-rotation
@@ -61,6 +62,7 @@ def gaussian_weights(
     means: Tensor,  # (N, 2) centres
     conics: Tensor,  # (N, 3) entries (a, b, c) of the inverse covariances
     points: Tensor,  # (P, 2) where to evaluate, in the units of the means
+    floor: float = 0.0,  # κ makes the weight end at 0, without a step: (w - κ) / (1 - κ)
 ) -> Tensor:  # (P, N) in [0, 1], exactly 1 at a centre and 0 beyond the cut-off
     "The unnormalised value w = exp(-½ dᵀΣ⁻¹d) of every Gaussian at every point (Kerbl et al. 2023, eq. 4)."
     dx = points[:, None, 0] - means[:, 0]
@@ -68,7 +70,8 @@ def gaussian_weights(
     a, b, c = conics.unbind(-1)
     power = dx * (a * dx + (2 * b) * dy) + (c * dy) * dy
     below = power.detach().clamp(max=0)  # what rounding leaves below 0 for very thin Gaussians
-    return torch.where(power <= CUTOFF_POWER, torch.exp(-0.5 * (power - below)), 0.0)
+    weights = torch.where(power <= CUTOFF_POWER, torch.exp(-0.5 * (power - below)), 0.0)
+    return (weights - floor).clamp(min=0) / (1 - floor) if floor else weights
 
 # %% ../nbs/00_gaussians.ipynb #domain-class
 @dataclass(frozen=True)
@@ -107,16 +110,21 @@ class Domain2D:
 class Blend(str, Enum):
     "How the Gaussians that reach a pixel make one colour: o opacity, w weight, c colour, b background."
 
-    WEIGHTED = "weighted"  # I = (Σ oᵢwᵢcᵢ + ε b) / (Σ oᵢwᵢ + ε)
+    WEIGHTED = "weighted"  # I = (Σ oᵢwᵢ'cᵢ + ε b) / (Σ oᵢwᵢ' + ε) with w' = max(0, w - κ) / (1 - κ)
     ADDITIVE = "additive"  # I = b + Σ oᵢwᵢcᵢ
     OVER = "over"  # I = Σ Tᵢαᵢcᵢ + T b with αᵢ = min(0.99, oᵢwᵢ), front to back by index
+
+    @property
+    def floor(self) -> float:
+        "What `gaussian_weights` takes off: κ in WEIGHTED, so that a weight ends at 0; 0 in the others, cut at κ."
+        return CUTOFF_WEIGHT if self is Blend.WEIGHTED else 0.0
 
     @classmethod
     def _missing_(cls, value):
         raise ValueError(f"blend: expected one of {', '.join(mode.value for mode in cls)}, got {value!r}")
 
 
-WEIGHT_EPS = 3e-2  # ε of WEIGHTED: the weight of the background
+WEIGHT_EPS = 1e-2  # ε of WEIGHTED: the weight of the background
 MAX_ALPHA = 0.99  # of OVER: no sheet is ever quite opaque, so that what is behind keeps a gradient
 
 # %% ../nbs/00_gaussians.ipynb #scene-class
@@ -285,7 +293,7 @@ def _preview(scene: Gaussians2D, rows: int, columns: int) -> Tensor:
     ink, total, through = torch.zeros(len(points), 3), torch.zeros(len(points), 1), torch.ones(len(points), 1)
     for part in torch.arange(len(scene)).split(256):
         shapes = conics(scene.scales[part], scene.rotations[part])
-        strengths = gaussian_weights(scene.means[part], shapes, points) * scene.opacities[part]
+        strengths = gaussian_weights(scene.means[part], shapes, points, Blend(scene.blend).floor) * scene.opacities[part]
         if scene.blend == Blend.OVER:
             alphas = strengths.clamp(max=MAX_ALPHA)
             after = through * torch.cumprod(1 - alphas, -1)

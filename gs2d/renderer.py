@@ -76,7 +76,8 @@ _BLENDERS = {Blend.WEIGHTED: _blend_weighted, Blend.ADDITIVE: _blend_additive, B
 
 def _shade(points, means, conics, opacities, colors, background, blend):
     "(P, C) the colours at (P, 2) points, in pixels."
-    return _BLENDERS[blend](gaussian_weights(means, conics, points) * opacities, colors, background)
+    alphas = gaussian_weights(means, conics, points, blend.floor) * opacities
+    return _BLENDERS[blend](alphas, colors, background)
 
 # %% ../nbs/01_renderer.ipynb #memory-chunks
 PAIRS_PER_CHUNK = 2**20  # pixel–Gaussian pairs that the reference looks at together: 4 MB a table in float32

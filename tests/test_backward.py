@@ -108,6 +108,14 @@ def test_weights():
     assert all((grad[3] == 0).all() for grad in grads)  # wholly elsewhere
 
 
+def test_weights_that_end_at_zero():
+    means, floor = torch.tensor([[3.0, 4.0], [6.5, 3.0]], dtype=torch.float64), Blend.WEIGHTED.floor
+    shapes = conics(torch.tensor([[1.2, 0.8], [0.9, 1.1]]).double(), torch.tensor([0.5, 0.0]).double())
+    points, wish = pixel_centers(8, 10, torch.float64).reshape(-1, 2), numbers(80, 2)
+    total = lambda means, shapes: (gaussian_weights(means, shapes, points, floor) * wish).sum()
+    assert_gradients(total, (means, shapes), gaussian_weights_backward(means, shapes, points, wish, floor))
+
+
 def test_nothing_flows_beyond_the_cutoff():
     origin, shape, one = torch.zeros(1, 2).double(), torch.tensor([[1.0, 0.0, 1.0]]).double(), torch.ones(1, 1).double()
     for distance, expected in [(CUTOFF_STD - 1e-4, (CUTOFF_STD - 1e-4) * math.exp(-(CUTOFF_STD - 1e-4) ** 2 / 2)), (CUTOFF_STD + 1e-4, 0.0)]:

@@ -9,8 +9,8 @@ import torch
 from torch.testing import assert_close
 
 import gs2d.renderer as renderer
-from gs2d.gaussians import PARAMETER_NAMES, Domain2D, Gaussians2D
-from gs2d.renderer import MAX_ALPHA, WEIGHT_EPS, Blend, pixel_centers, project, rasterize, render
+from gs2d.gaussians import CUTOFF_POWER, PARAMETER_NAMES, Domain2D, Gaussians2D
+from gs2d.renderer import MAX_ALPHA, WEIGHT_EPS, Blend, ScreenGaussians, pixel_centers, project, rasterize, render
 
 BLENDS = list(Blend)
 
@@ -33,7 +33,10 @@ def oracle(screen, height, width, blend, background):
             for (mx, my), (a, b, c), opacity, color in gaussians:
                 dx, dy = j + 0.5 - mx, i + 0.5 - my
                 power = a * dx * dx + 2 * b * dx * dy + c * dy * dy
-                alpha = opacity * math.exp(-power / 2) if power <= 2 * math.log(255) else 0.0
+                weight = math.exp(-power / 2) if power <= 2 * math.log(255) else 0.0
+                if blend is Blend.WEIGHTED:
+                    weight = max(0.0, (weight - 1 / 255) / (1 - 1 / 255))
+                alpha = opacity * weight
                 if blend is Blend.OVER:
                     alpha = min(alpha, MAX_ALPHA)
                     alpha, light = light * alpha, light * (1 - alpha)
@@ -64,6 +67,40 @@ class Raw:
     def __init__(self, means, log_scales, rotations, opacity_logits, colors):
         self.means, self.rotations, self.colors, self.domain = means, rotations, colors, Domain2D()
         self.scales, self.opacities = log_scales.exp(), opacity_logits.sigmoid()
+
+
+def disc(radius, dtype=torch.float32):
+    "One white, opaque, round Gaussian whose cut-off is `radius` pixels from the middle of a pixel."
+    conic = torch.tensor([[CUTOFF_POWER / radius**2, 0.0, CUTOFF_POWER / radius**2]], dtype=dtype)
+    return ScreenGaussians(torch.full((1, 2), 0.5, dtype=dtype), conic, torch.ones(1, dtype=dtype), torch.ones(1, 3, dtype=dtype))
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_an_isolated_weighted_gaussian_has_no_rim(backend):
+    "Just inside the cut-off a white Gaussian on black is under one grey level; the sums keep the field's cut at 1/255."
+    for radius in (20.005, 60.01):
+        row = {blend: rasterize(disc(radius), 1, 80, blend, backend=backend)[0, :, 0] for blend in BLENDS}
+        last = int(radius)
+        assert all((values[last + 1 :] == 0).all() for values in row.values())
+        assert 0 < row[Blend.WEIGHTED][last] < 1 / 255 and row[Blend.WEIGHTED][0] > 0.98
+        assert row[Blend.ADDITIVE][last] >= 1 / 255 and row[Blend.OVER][last] >= 1 / 255
+        assert (row[Blend.WEIGHTED].diff() <= 0).all()
+
+
+@pytest.mark.parametrize("sigma", [8.0, 11.0])
+def test_growing_lights_up_as_much_as_the_gradient_says(sigma):
+    "The edge sweeps over pixels while a Gaussian grows. A hard cut hides what they jump by from every derivative."
+    scene = Gaussians2D.from_values([[0, 0]], [[sigma, sigma]], [0], [1], [[1, 1, 1]], Domain2D((-40, 40), (-40, 40))).double()
+
+    def light(nudge):
+        with torch.no_grad():
+            moved = scene.clone()
+            moved.log_scales += nudge
+            return render(moved, 80, 80, backend="reference").sum().item()
+
+    render(scene, 80, 80, backend="reference").sum().backward()
+    coarse = (light(0.5 / sigma) - light(-0.5 / sigma)) * sigma  # half a pixel each way
+    assert math.isclose(scene.log_scales.grad.sum().item(), coarse, rel_tol=0.01)
 
 
 @pytest.mark.parametrize("blend", BLENDS)

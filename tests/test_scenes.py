@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from conftest import make_scene
 from torch.testing import assert_close
 
-from gs2d.gaussians import PARAMETER_NAMES, Blend, Domain2D, Gaussians2D
+from gs2d.gaussians import WEIGHT_EPS, PARAMETER_NAMES, Blend, Domain2D, Gaussians2D, conics, gaussian_weights
 from gs2d.io.files import atomic_write
 from gs2d.io.scenes import BLENDS, FORMATS, read_scene, record_of, write_scene
 from gs2d.renderer import render
@@ -66,6 +67,37 @@ def test_saved_file_has_the_documented_keys(tmp_path):
     document = json.loads(make_scene(2).save(tmp_path / "s.json", height=4, width=8).read_text())
     assert set(document) == set(FLAT) | {"format", "version", "blend", "background", "opacities", "colors"}
     assert (document["res_x"], document["res_y"], document["N"]) == (8, 4, 2)
+
+
+def version_1(scene, path):
+    "The file of a scene as it was written before weights ended at 0."
+    document = json.loads(scene.save(path).read_text())
+    path.write_text(json.dumps(document | {"version": 1}))
+    return path
+
+
+def test_a_weighted_scene_of_version_1_is_converted_with_a_sentence(tmp_path):
+    scene = make_scene(6)
+    with pytest.warns(UserWarning, match="version 1"):
+        again = Gaussians2D.load(version_1(scene, tmp_path / "old.json"))
+    with torch.no_grad():
+        points = torch.rand(200, 2, generator=torch.Generator().manual_seed(1)) * 10 - 5
+        weights = gaussian_weights(scene.means, conics(scene.scales, scene.rotations), points)
+        before, after = (weights * x.opacities / eps for x, eps in ((scene, 0.03), (again, WEIGHT_EPS)))
+    assert_close(before, after)  # only opacity / ε counts in an average
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_close(Gaussians2D.load(again.save(tmp_path / "new.json")).opacities, again.opacities)
+
+
+@pytest.mark.parametrize("blend", ["additive", "over"])
+def test_other_scenes_of_version_1_are_what_they_were(tmp_path, blend):
+    scene = make_scene(6)
+    scene.blend = Blend(blend)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = Gaussians2D.load(version_1(scene, tmp_path / "old.json"))
+    assert all(torch.equal(*both) for both in zip(scene.parameters(), again.parameters()))
 
 
 @pytest.mark.parametrize("change, message", [

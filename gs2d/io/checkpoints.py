@@ -21,7 +21,7 @@ from .. import checks
 from .files import atomic_write
 
 # %% ../../nbs/workshop/checkpoints.ipynb #resume-write
-_FORMAT, _VERSION = "gs2d-checkpoint", 2
+_FORMAT, _VERSION = "gs2d-checkpoint", 3
 
 
 def write_checkpoint(

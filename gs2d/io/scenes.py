@@ -8,8 +8,9 @@ __all__ = ['BLENDS', 'FORMATS', 'SceneRecord', 'record_of', 'write_scene', 'read
 # %% ../../nbs/workshop/scenes.ipynb #export-imports
 import json
 import os
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -78,9 +79,12 @@ def record_of(
         getattr(scene.blend, "value", scene.blend), scene.background, height, width)
 
 # %% ../../nbs/workshop/scenes.ipynb #file-write
+_VERSION = 2  # 1: before the weights of a weighted scene ended at 0
+
+
 def _to_json(record: SceneRecord) -> bytes:
     "Scene JSON, one key a line."
-    document = {"format": "gs2d-scene", "version": 1, "x_dim": record.x_dim, "y_dim": record.y_dim}
+    document = {"format": "gs2d-scene", "version": _VERSION, "x_dim": record.x_dim, "y_dim": record.y_dim}
     document |= {"res_x": record.width, "res_y": record.height, "N": len(record.means), "dims": 2}
     document |= {"blend": record.blend, "background": record.background}
     document |= {"alphas": (record.opacities[:, None] * record.colors).tolist(), "centers": record.means.tolist()}
@@ -114,14 +118,21 @@ def _whole(document: dict, key: str, lowest: int) -> int | None:
         return value
     raise ValueError(f"expected a whole number of at least {lowest} for {key!r}, got {value!r}")
 
+# %% ../../nbs/workshop/scenes.ipynb #file-version-1
+def _from_version_1(record: SceneRecord) -> SceneRecord:
+    "A weighted scene as it has to be written today: ε was 0.03 and is 0.01, and only opacity / ε counts."
+    warnings.warn("a weighted scene of version 1: its opacities are taken as a third of what the file says, which now "
+                  "makes the same picture, but for the rims of its Gaussians, which are smooth today", stacklevel=2)
+    return replace(record, opacities=record.opacities / 3)
+
 # %% ../../nbs/workshop/scenes.ipynb #file-parse
 def _parse_scene(document: dict) -> SceneRecord:
     "The scene in a JSON document; the flat keys suffice."
     if not isinstance(document, dict):
         raise ValueError(f"expected a JSON object, got a {type(document).__name__}")
-    kind = (document.get("format", "gs2d-scene"), document.get("version", 1))
-    if kind != ("gs2d-scene", 1):
-        raise ValueError(f"expected format 'gs2d-scene' version 1, got {kind[0]!r} version {kind[1]!r}")
+    kind, version = document.get("format", "gs2d-scene"), document.get("version", _VERSION)
+    if kind != "gs2d-scene" or version not in (1, _VERSION):
+        raise ValueError(f"expected format 'gs2d-scene' version 1 or {_VERSION}, got {kind!r} version {version!r}")
     required = ("x_dim", "y_dim", "N", "alphas", "centers", "sigmas", "thetas")
     if missing := [key for key in required if document.get(key) is None]:
         raise ValueError(f"expected the keys {', '.join(required)}; missing: {', '.join(missing)}")
@@ -136,11 +147,12 @@ def _parse_scene(document: dict) -> SceneRecord:
     document = {"background": [0.0] * channels, "opacities": [1.0] * n, **document}
     if flat:
         document["opacities"] = [1.0] * n
-    return _checked(SceneRecord(
+    record = _checked(SceneRecord(
         _array(document, "centers", (n, 2)), _array(document, "sigmas", (n, 2)), _array(document, "thetas", (n,)),
         _array(document, "opacities", (n,)), _array(document, ink, (n, channels)), document["x_dim"], document["y_dim"],
         blend, tuple(_array(document, "background", (channels,)).tolist()),
         _whole(document, "res_y", 1), _whole(document, "res_x", 1)))
+    return _from_version_1(record) if version == 1 and blend == "weighted" else record
 
 # %% ../../nbs/workshop/scenes.ipynb #file-from-json
 def _from_json(data: bytes) -> SceneRecord:

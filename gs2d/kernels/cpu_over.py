@@ -148,7 +148,7 @@ def _over_backward(start, stop, first, entries, slots, packed, rows, background,
             p.red, p.green, p.blue = total(reds), total(greens), total(blues)
 
 # %% ../../nbs/workshop/cpu_over.ipynb #over-gather
-_ZERO = np.float32(0)
+_ZERO, _ONE = np.float32(0), np.float32(1)
 
 
 @compiled
@@ -161,7 +161,7 @@ def _over_gather(start, stop, slots, packed, partial, d_means, d_conics, d_opaci
             p = partial[k]
             s, sx, sy, sxx, sxy, syy = s + p.s, sx + p.sx, sy + p.sy, sxx + p.sxx, sxy + p.sxy, syy + p.syy
             red, green, blue = red + p.red, green + p.green, blue + p.blue
-        write_geometry(i, packed[i], s, sx, sy, sxx, sxy, syy, d_means, d_conics, d_opacities)
+        write_geometry(i, packed[i], _ONE, s, sx, sy, sxx, sxy, syy, d_means, d_conics, d_opacities)
         d_colors[3 * i], d_colors[3 * i + 1], d_colors[3 * i + 2] = red, green, blue
 
 # %% ../../nbs/workshop/cpu_over.ipynb #over-backward-host

@@ -17,10 +17,10 @@ import math
 
 import numpy as np
 
-from ..gaussians import CUTOFF_POWER
+from ..gaussians import CUTOFF_POWER, CUTOFF_WEIGHT
 from .threads import compiled, even_cuts, fair_cuts, inlined, run
 from gs2d.kernels.vectors import (
-    LANES, PADDING, falloff, fill, fma, load, ramp, read_pixels, row_length, store, total, write_pixels,
+    LANES, PADDING, falloff, fill, fma, load, ramp, read_pixels, row_length, store, total, where_le, write_pixels,
 )
 
 # %% ../../nbs/14_cpu_kernels.ipynb #packed
@@ -153,6 +153,13 @@ def _finish_splat(top, end, sums, length, background, eps, width, image, inverse
 
 # %% ../../nbs/14_cpu_kernels.ipynb #forward
 HALF = np.float32(0.5)
+_KAPPA, _GAIN = np.float32(CUTOFF_WEIGHT), np.float32(1 / (1 - CUTOFF_WEIGHT))
+
+
+@inlined
+def _faded(w):
+    "(w - κ) / (1 - κ), and exactly 0 at the cut-off and 1 at the centre"
+    return where_le(w, _KAPPA, 0.0, fma(w, _GAIN, np.float32(1) - _GAIN))
 
 
 @inlined
@@ -180,6 +187,8 @@ def _splat_forward(start, stop, first, entries, packed, rows, background, eps, h
                 for _ in range(y0, y1):
                     dy = py - my
                     w = falloff(dx * (adx + b2 * dy) + (c * dy) * dy)
+                    if weighted:
+                        w = _faded(w)
                     store(sums, at, fma(w, red, load(sums, at)))
                     store(sums, at + length, fma(w, green, load(sums, at + length)))
                     store(sums, at + 2 * length, fma(w, blue, load(sums, at + 2 * length)))
@@ -223,9 +232,10 @@ def _gradient_planes(start, stop, grad, image, inverse, weighted, height, width,
 
 # %% ../../nbs/14_cpu_kernels.ipynb #geometry
 @inlined
-def write_geometry(i, g, s, sx, sy, sxx, sxy, syy, d_means, d_conics, d_opacities):
-    "From the moments of h to the gradients of opacity, mean and conic."
-    a, b, c, opacity, half = g.a, HALF * g.b2, g.c, g.opacity, HALF * g.opacity
+def write_geometry(i, g, gain, s, sx, sy, sxx, sxy, syy, d_means, d_conics, d_opacities):
+    "From the sum s and the moments of h to the gradients of opacity, mean and conic; `gain` is dw'/dw."
+    a, b, c, opacity = g.a, HALF * g.b2, g.c, gain * g.opacity
+    half = HALF * opacity
     d_opacities[i] = s
     d_means[2 * i], d_means[2 * i + 1] = opacity * (a * sx + b * sy), opacity * (b * sx + c * sy)
     d_conics[3 * i], d_conics[3 * i + 1], d_conics[3 * i + 2] = -half * sxx, -opacity * sxy, -half * syy
@@ -235,7 +245,7 @@ def write_geometry(i, g, s, sx, sy, sxx, sxy, syy, d_means, d_conics, d_opacitie
 def _splat_backward(start, stop, order, packed, rows, planes, weighted, width,
                     d_means, d_conics, d_opacities, d_colors):
     "Gradients of the Gaussians order[start:stop], each summed by one thread from the gradient planes."
-    length = row_length(width)
+    length, gain = row_length(width), _GAIN if weighted else np.float32(1)
     for i in order[start:stop]:
         mx, my, a, b2, c, opacity, red, green, blue = fields(packed[i])
         reds, greens, blues = fill(0.0), fill(0.0), fill(0.0)
@@ -254,12 +264,15 @@ def _splat_backward(start, stop, order, packed, rows, planes, weighted, width,
                     light = light + load(planes, at + 3 * length)
                 h = w * light
                 hy = h * dy
+                if weighted:
+                    w = _faded(w)
+                s = fma(w, light, s)
                 reds, greens, blues = fma(w, g_red, reds), fma(w, g_green, greens), fma(w, g_blue, blues)
                 column, column_y, syy = column + h, column_y + hy, fma(hy, dy, syy)
                 py, at = py + 1.0, at + 4 * length
             hx = column * dx
-            s, sx, sy, sxx, sxy = s + column, sx + hx, sy + column_y, fma(hx, dx, sxx), fma(column_y, dx, sxy)
-        write_geometry(i, packed[i], total(s), total(sx), total(sy), total(sxx), total(sxy), total(syy),
+            sx, sy, sxx, sxy = sx + hx, sy + column_y, fma(hx, dx, sxx), fma(column_y, dx, sxy)
+        write_geometry(i, packed[i], gain, total(s), total(sx), total(sy), total(sxx), total(sxy), total(syy),
                         d_means, d_conics, d_opacities)
         d_colors[3 * i], d_colors[3 * i + 1] = opacity * total(reds), opacity * total(greens)
         d_colors[3 * i + 2] = opacity * total(blues)
