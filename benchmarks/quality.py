@@ -26,10 +26,12 @@ from gs2d.fit import fit_config, fit_image, photo_target
 from gs2d.gaussians import Blend, covariances
 from gs2d.init_levels import InitLevel
 from gs2d.io.pictures import pictures_in
+from gs2d.kernels import cpu
 from gs2d.measure import PUBLISHED, bench, bench_csv, bench_row, bench_table, rate_quality
 from gs2d.train import LRSchedule, Trainer, make_trainer, run
 
 HERE = Path(__file__).parent
+EPS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 TABLE = [(5_000, 2_000), (9_000, 1_200), (10_000, 3_000), (10_000, 8_000), (30_000, 1_500)]  # Gaussians, steps
 
 
@@ -99,6 +101,17 @@ def bench_ablation(pictures, options):
             with patch.object(training, "ADAM_BETAS", betas):
                 _fit_and_print(path, name, make_trainer(config, ground_truth=truth), scores)
     return _print_changes(scores, options)
+
+
+def bench_eps(pictures, options):
+    "Mean PSNR for several ε of the weighted blend."
+    means = {}
+    for eps in EPS:
+        with patch.object(renderer, "WEIGHT_EPS", eps), patch.object(cpu, "WEIGHT_EPS", eps):
+            fits = [fit_image(path, options.n, options.steps, max_side=options.max_side, progress=False) for path in pictures]
+        means[eps] = statistics.mean(fit.psnr for fit in fits)
+        print(f"ε = {eps:<6g} {means[eps]:.3f} dB", flush=True)
+    return means
 
 
 def _optimizer(kind, **options):
@@ -193,14 +206,14 @@ def bench_targets(pictures, options):
 
 
 def main():
-    sections = {"main": bench_main, "ablation": bench_ablation, "alternatives": bench_alternatives, "losses": bench_losses, "targets": bench_targets}
+    sections = {"main": bench_main, "ablation": bench_ablation, "eps": bench_eps, "alternatives": bench_alternatives, "losses": bench_losses, "targets": bench_targets}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="the folder with the pictures")
     parser.add_argument("--only", nargs="+", choices=sections, default=["main"], help="sections to run (default: main)")
     parser.add_argument("--table", nargs="+", metavar="N:STEPS", help="Gaussians and steps of the rows of main")
     parser.add_argument("--max-side", type=int, help="pixels of the longer side, for all but main and targets")
     parser.add_argument("--n", type=int, default=10_000, help="Gaussians for all but main and targets")
-    parser.add_argument("--steps", type=int, default=1_000, help="steps for ablation and alternatives")
+    parser.add_argument("--steps", type=int, default=1_000, help="steps for ablation, eps and alternatives")
     parser.add_argument("--seconds", type=float, default=20.0, help="for each fit of losses")
     parser.add_argument("--blend", default="weighted", help="blend of losses (default: weighted)")
     parser.add_argument("--target", type=float, default=32.0, help="decibels for targets")
