@@ -66,7 +66,7 @@ def default_n_gaussians(
 
 # %% ../nbs/10_fit_a_photo.ipynb #beat3-rates
 LEARNING_RATE = 0.01
-LR_SCALE = {"log_scales": 5.0, "rotations": 4.0, "opacity_logits": 1.0, "colors": 2.0}  # multiples of it
+LR_SCALE = {"log_scales": 5.0, "rotations": 4.0, "opacity_logits": 4.0, "colors": 2.0}  # multiples of it
 MEANS_STEP = 0.06  # the rate of the centres, in units of the spacing √(area / N)
 
 
