@@ -57,8 +57,8 @@ def learning_rate(
     return lr * min(1.0, (1 - progress) / (1 - HOLD_FRACTION)) if schedule is LRSchedule.COOLDOWN else lr
 
 # %% ../nbs/06_train.ipynb #parts-adam
-ADAM_EPS = 1e-15  # as 3DGS: the gradients of a mean over many pixels are tiny, and 1e-8 would hold them back
-ADAM_BETAS = (0.9, 0.98)  # the second is usually 0.999; runs of a thousand steps should forget the first ones sooner
+ADAM_EPS = 1e-15  # as 3DGS: the size of a gradient is to play no part
+ADAM_BETAS = (0.9, 0.98)  # the second is usually 0.999, which ends lower in hundreds of steps
 
 
 def make_optimizer(scene: nn.Module, lr: float) -> torch.optim.Adam:

@@ -40,6 +40,6 @@ def _fastest(types: list[str]) -> torch.device:
     passed = types[: types.index(chosen)]
     if passed and chosen not in _told:
         _told.add(chosen)
-        print(f"gs2d: computing on {chosen}, whose kernels are faster than the readable renderer on {passed[0]}; "
-              f'device="{passed[0]}" takes that all the same', file=sys.stderr)
+        print(f"gs2d: computing on {chosen}, which has compiled kernels; {passed[0]} has only the readable "
+              f'renderer, and device="{passed[0]}" takes it all the same', file=sys.stderr)
     return torch.device(chosen)
