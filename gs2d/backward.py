@@ -31,14 +31,15 @@ def gaussian_weights_backward(
     conics: Tensor,  # (N, 3) entries (a, b, c) of the inverse covariances
     points: Tensor,  # (P, 2) where the weights were evaluated, in the units of the means
     grad_weights: Tensor,  # (P, N) ∂L/∂w
-    floor: float = 0.0,  # κ, what the forward pass took off
+    floor: float = 0.0,  # κ, what the forward pass took off the weights
 ) -> tuple[Tensor, Tensor]:  # ∂L/∂means (N, 2) and ∂L/∂conics (N, 3)
     "Backward of `gs2d.gaussians.gaussian_weights`; nothing flows where a weight was cut to 0."
     _expect_shape("grad_weights", grad_weights, len(points), len(means))
     dx = points[:, None, 0] - means[:, 0]  # d = p - m
     dy = points[:, None, 1] - means[:, 1]
     a, b, c = conics.unbind(-1)
-    grad_power = -0.5 / (1 - floor) * gaussian_weights(means, conics, points) * grad_weights  # ∂w/∂q = -w/2
+    slopes = gaussian_weights(means, conics, points) / (-2 * (1 - floor))  # ∂w'/∂q: with w, not w'
+    grad_power = slopes * grad_weights
     sum_x, sum_y = (grad_power * dx).sum(0), (grad_power * dy).sum(0)
     grad_mx = -2 * (a * sum_x + b * sum_y)  # ∂q/∂mx = -2 (a dx + b dy)
     grad_my = -2 * (b * sum_x + c * sum_y)  # ∂q/∂my = -2 (b dx + c dy)
