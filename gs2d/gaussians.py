@@ -293,7 +293,8 @@ def _preview(scene: Gaussians2D, rows: int, columns: int) -> Tensor:
     ink, total, through = torch.zeros(len(points), 3), torch.zeros(len(points), 1), torch.ones(len(points), 1)
     for part in torch.arange(len(scene)).split(256):
         shapes = conics(scene.scales[part], scene.rotations[part])
-        strengths = gaussian_weights(scene.means[part], shapes, points, Blend(scene.blend).floor) * scene.opacities[part]
+        weights = gaussian_weights(scene.means[part], shapes, points, Blend(scene.blend).floor)
+        strengths = weights * scene.opacities[part]
         if scene.blend == Blend.OVER:
             alphas = strengths.clamp(max=MAX_ALPHA)
             after = through * torch.cumprod(1 - alphas, -1)
