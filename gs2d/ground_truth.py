@@ -46,7 +46,11 @@ def random_scene(
     width: int,
     seed: int = 0,
 ) -> Gaussians2D:
-    "Varied Gaussians in the domain of a picture: spread out, 1 to 3 times as long as wide, vivid."
+    """Varied Gaussians in the domain of a picture: spread out, 1 to 3 times as long as wide, vivid.
+
+    None is thinner than half a pixel. With 19 pixels or more for each Gaussian none is thin enough to be widened,
+    and a larger picture of the same proportions gets the same scene.
+    """
     n_gaussians = checks.whole("n_gaussians", n_gaussians)
     domain, generator = Domain2D.for_image(height, width), torch.Generator().manual_seed(checks.seed(seed))
     means = _spread_positions(n_gaussians, domain, generator)
@@ -96,7 +100,7 @@ class GroundTruth:
         blend: Blend | str = Blend.WEIGHTED,
         background: tuple[float, float, float] | None = None,  # in [0, 1]; None: black
     ) -> "GroundTruth":
-        "The rendering of a random scene, every parameter of which is known. The same seed gives the same scene."
+        "The rendering of a random scene, every parameter of which is known. The same arguments give the same scene."
         scene = random_scene(n_gaussians, height, width, seed)
         scene.blend, scene.background = checks.member("blend", blend, Blend), picture_background(background)
         if scene.blend == Blend.ADDITIVE:

@@ -41,9 +41,22 @@ def test_random_leaves_the_global_generator_alone():
     assert torch.equal(state, torch.random.get_rng_state())
 
 
-def test_a_larger_picture_shows_the_same_scene():
-    small, large = random_scene(30, 48, 64, seed=2), random_scene(30, 96, 128, seed=2)
-    assert all(torch.equal(x, y) for x, y in zip(small.parameters(), large.parameters()))
+@pytest.mark.parametrize("n, height, width", [(30, 48, 64), (218, 64, 64), (100, 40, 50)])
+def test_a_larger_picture_shows_the_same_scene_where_each_gaussian_has_19_pixels(n, height, width):
+    assert height * width / n >= 0.75 / 0.04  # (½ √3 / 0.2)²
+    for seed in range(5):
+        small, large = random_scene(n, height, width, seed), random_scene(n, 2 * height, 2 * width, seed)
+        assert all(torch.equal(x, y) for x, y in zip(small.parameters(), large.parameters()))
+
+
+def test_in_smaller_pictures_only_thin_axes_differ_and_they_are_half_a_pixel():
+    small, large = random_scene(1000, 64, 64), random_scene(1000, 128, 128)
+    differ = small.log_scales != large.log_scales
+    assert 0.2 < differ.float().mean() < 0.4
+    torch.testing.assert_close(small.scales[differ], torch.full((int(differ.sum()),), 0.5 * 10 / 64))
+    assert (large.scales[differ] < small.scales[differ]).all()
+    for name in ("means", "rotations", "opacity_logits", "colors"):
+        assert torch.equal(getattr(small, name), getattr(large, name))
 
 
 @pytest.mark.parametrize("n, height, width", [(1, 32, 32), (40, 48, 48), (40, 24, 96), (500, 16, 16)])

@@ -96,6 +96,43 @@ def test_no_fresh_gaussian_is_a_perfect_disc():
     assert (scene.log_scales[:, 0] != scene.log_scales[:, 1]).all()
 
 
+def rotation_slope(scene, truth):
+    loss = (render(scene, truth.height, truth.width) - truth.image).square().mean()
+    return torch.autograd.grad(loss, scene.rotations)[0].abs().max().item()
+
+
+def descend(scene, truth, steps):
+    optimizer = torch.optim.Adam(scene.parameters(), lr=0.05)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (render(scene, truth.height, truth.width) - truth.image).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_perfect_disc_has_no_direction_at_first_and_finds_one_after_a_step(seed):
+    truth = GroundTruth.random(20, 32, 32, seed=seed)
+    disc = initialize_scene(truth, "positions_only", seed=seed)
+    disc.log_scales.data = disc.log_scales.data.mean(1, keepdim=True).expand(-1, 2).clone()
+    assert rotation_slope(disc, truth) < 1e-8
+    descend(disc, truth, 1)
+    assert rotation_slope(disc, truth) > 1e-6
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_training_paints_a_sky_in_which_no_gaussian_starts(seed):
+    sky = torch.tensor([0.35, 0.6, 0.9]).repeat(32, 32, 1)
+    truth = GroundTruth.from_image(sky)
+    scene = initialize_scene(truth, "random", 20, seed)
+    scene.means.data = scene.means.data / 5 + torch.tensor([4.0, -4.0])  # all of them in one corner
+    scene.log_scales.data -= math.log(5)
+    with torch.no_grad():
+        assert (render(scene, 32, 32) == 0).all(-1).float().mean() > 0.7
+    descend(scene, truth, 300)
+    with torch.no_grad():
+        assert (render(scene, 32, 32) - sky).abs().mean() < 0.02
+
+
 def test_random_positions_fill_the_domain():
     scene = initialize_scene(picture(20, 40), "random", 4000)
     x, y = scene.means.detach().unbind(-1)
