@@ -209,6 +209,13 @@ def test_psnr_by_hand(off_by, decibels):
     assert psnr(black + off_by, black).item() == pytest.approx(decibels, abs=1e-6)
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_rounding_to_256_levels_costs_58_9_decibels(seed):
+    # the error is uniform in half a level either way, so its mean square is a twelfth of a squared level
+    exact = torch.rand(128, 128, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    assert psnr((255 * exact).round() / 255, exact).item() == pytest.approx(10 * math.log10(12 * 255**2), abs=0.1)
+
+
 def test_psnr_of_photographs_equals_scikit_image():
     for image, target in photographs().values():
         image = image.clamp(0, 1)
