@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from gs2d.densify import (
-    DensificationState, DensifyConfig, ErrorGrowth, Rows, clone_offsets, densify, growth_from_dict, growth_to_dict,
-    replace_rows, shared_opacity_logits, split_offsets, visible_ink)
-from gs2d.gaussians import PARAMETER_NAMES, Blend, Domain2D, Gaussians2D
+    DensificationState, DensifyConfig, ErrorGrowth, Rows, clone_offsets, densify, error_under, growth_from_dict,
+    growth_to_dict, replace_rows, shared_opacity_logits, split_offsets, split_share, visible_ink)
+from gs2d.gaussians import MAX_ALPHA, PARAMETER_NAMES, Blend, Domain2D, Gaussians2D
+from gs2d.ground_truth import GroundTruth
 from gs2d.renderer import render
 
 ADAMS = [dict(), dict(foreach=True), dict(fused=True), dict(amsgrad=True)]
@@ -155,11 +156,58 @@ def test_clone_goes_downhill_by_standard_deviations():
     torch.testing.assert_close(offsets, torch.stack([torch.tensor([1.0, 0.0]), torch.tensor([0.25, 0.0]), along]))
 
 
-def test_children_have_the_parents_variance_along_the_axis():
-    scene = make_scene(20, dtype=torch.float64)
-    d = split_offsets(scene, 1.6).norm(dim=-1)
-    std = scene.scales.amax(-1)
-    torch.testing.assert_close(d**2 + (std / 1.6) ** 2, std**2)
+def two_bells(factor, d, share):
+    "A bell of standard deviation 1, and the sum of two of 1 / factor at ± d, on a line. Float64."
+    x = torch.linspace(-8, 8, 3201, dtype=torch.float64)
+    return torch.exp(-x**2 / 2), share * sum(torch.exp(-((x - at) * factor) ** 2 / 2) for at in (d, -d))
+
+
+@pytest.mark.parametrize("factor", [1.05, 1.25, 1.6, 2.0, 2.2])
+def test_no_other_place_or_share_of_the_children_is_nearer_to_the_parent(factor):
+    scene = make_scene(5, dtype=torch.float64)
+    d, share = (split_offsets(scene, factor).norm(dim=-1) / scene.scales.amax(-1))[0].item(), split_share(factor)
+    assert d == pytest.approx(math.sqrt(2 * math.log(factor)) / factor) and share < 1
+
+    def off(d, share):
+        parent, children = two_bells(factor, d, share)
+        return (parent - children).square().sum().item()
+
+    for other, other_share in ((d + 0.01, share), (d - 0.01, share), (d, share + 0.01), (d, share - 0.01)):
+        assert off(d, share) < off(other, other_share)
+    parent, children = two_bells(factor, d, share)
+    half_way = torch.exp(torch.tensor(-(d * factor) ** 2 / 2)).item()
+    assert half_way == pytest.approx(1 / factor) and children[1600].item() == pytest.approx(2 * share / factor)
+    torch.testing.assert_close(children @ children, children @ parent)  # what is left over has no parent in it
+
+
+def test_children_are_never_more_opaque_than_their_parent():
+    assert split_share(50.0) == 1.0 > split_share(2.2)
+
+
+def test_a_share_of_an_opacity():
+    o = torch.tensor([1e-6, 0.01, 0.3, 0.9, 0.999], dtype=torch.float64)
+    for share in (0.25, 0.5, 0.75, 1.0):
+        torch.testing.assert_close(shared_opacity_logits(o.logit(), Blend.WEIGHTED, share).sigmoid(), share * o)
+    child = shared_opacity_logits(o.logit(), Blend.OVER, 0.75, 0.6).sigmoid()
+    torch.testing.assert_close(1 - (1 - 0.6 * child[:4]) ** 2, 2 * 0.75 * 0.6 * o[:4])
+    assert child[4] == pytest.approx(MAX_ALPHA), "nothing is more opaque than that"
+
+
+@pytest.mark.parametrize("blend", Blend)
+def test_error_under_is_the_weight_in_a_pixel_times_the_error_there(blend):
+    scene, target = make_scene(6, blend=blend), target_image()
+    image = render(scene, *target.shape[:2], backend="reference").detach()
+    wrong = (image - target).square().sum(-1)
+    one_at_a_time = []
+    for i in range(6):
+        ink = scene.clone()
+        with torch.no_grad():
+            ink.colors.zero_()[i] = 1
+        one_at_a_time.append((render(ink, *target.shape[:2], backend="reference")[..., 0] * wrong).sum().detach())
+    torch.testing.assert_close(error_under(scene, image, target), torch.stack(one_at_a_time), rtol=1e-4, atol=1e-5)
+    assert scene.colors.grad is None and scene.means.grad is None
+    image[2, 3] = float("nan")
+    assert error_under(scene, image, target).isfinite().all()
 
 
 def test_visible_ink_in_a_sum_is_opacity_times_colour():
@@ -223,7 +271,7 @@ def test_moments_row_by_row(options, blend):
 def test_a_clone_in_place_does_not_change_a_sum(blend):
     scene, state = pulled(8, scene=make_scene(8, blend=blend))
     before = render(scene, 30, 30, blend, backend="reference").detach()
-    assert densify(scene, None, state, DensifyConfig(scale_threshold=1, clone_shift=0)).n_cloned == 8
+    assert densify(scene, None, state, DensifyConfig(scale_threshold=1, clone_shift=0, growth=1)).n_cloned == 8
     torch.testing.assert_close(render(scene, 30, 30, blend, backend="reference"), before, rtol=1e-5, atol=1e-5)
 
 
@@ -255,7 +303,7 @@ def test_an_exact_clone_stays_and_a_nudged_one_leaves():
 def test_the_cap_is_hard_and_takes_the_hardest_pulled_first():
     for cap in (1, 12, 15, 24, 100):
         scene, state = pulled(12, pulls=torch.arange(1.0, 13.0))
-        config = DensifyConfig(max_gaussians=cap, scale_threshold=1, opacity_threshold=0)
+        config = DensifyConfig(max_gaussians=cap, scale_threshold=1, opacity_threshold=0, growth=1)
         report = densify(scene, make_adam(scene), state, config)
         assert report.n_gaussians == len(scene) == max(12, min(cap, 24)) and report.n_pruned == 0
     scene, state = pulled(12, pulls=torch.arange(1.0, 13.0))
@@ -265,6 +313,82 @@ def test_the_cap_is_hard_and_takes_the_hardest_pulled_first():
     scene, state = pulled(12)  # ties: the first rows
     densify(scene, None, state, DensifyConfig(max_gaussians=14, scale_threshold=1, opacity_threshold=0))
     assert find(scene.colors.detach()[12:], colors) == [0, 1]
+
+
+def test_a_round_grows_by_a_fraction_at_most_hardest_pulled_first():
+    for growth, n in ((0.5, 18), (0.3, 16), (0, 12), (5, 24)):
+        scene, state = pulled(12, pulls=torch.arange(1.0, 13.0))
+        assert densify(scene, None, state, DensifyConfig(growth=growth, opacity_threshold=0)).n_gaussians == n
+    scene, state = pulled(12, pulls=torch.arange(1.0, 13.0))
+    colors = scene.colors.detach().clone()
+    densify(scene, None, state, DensifyConfig(growth=0.25, scale_threshold=1, opacity_threshold=0))
+    assert sorted(find(scene.colors.detach()[12:], colors)) == [9, 10, 11]
+
+
+@pytest.mark.parametrize("blend", Blend)
+def test_where_the_picture_is_known_those_over_the_most_error_come_first(blend):
+    scene = Gaussians2D.from_values(
+        [[-3.0, -3.0], [3.0, -3.0], [-3.0, 3.0], [3.0, 3.0]], [[0.8, 0.8]] * 4, [0.0] * 4, [0.8] * 4,
+        [[0.2, 0.4, 0.6], [0.3, 0.4, 0.6], [0.4, 0.4, 0.6], [0.5, 0.4, 0.6]], blend=blend)
+    colors, image = scene.colors.detach().clone(), render(scene, 32, 32).detach()
+    target = image.clone()
+    target[:16, :16] += 0.3  # the third one is up there on the left
+    target[16:, 16:] += 0.1
+    config = DensifyConfig(scale_threshold=1, max_gaussians=5)
+    for pulls, expected in (([9.0, 5.0, 1.0, 2.0], 2), ([9.0, 5.0, 1e-5, 2.0], 1)):  # it must be pulled, though
+        grown, state = pulled(4, pulls=pulls, scene=scene.clone())
+        state.image, state.target = image, target
+        densify(grown, None, state, config)
+        copies = find(grown.colors.detach(), colors)
+        assert copies.count(expected) == 2 and len(copies) == 5
+    grown, state = pulled(4, pulls=[9.0, 5.0, 1.0, 2.0], scene=scene.clone())  # no picture: the pull decides
+    densify(grown, None, state, config)
+    assert find(grown.colors.detach(), colors).count(0) == 2
+
+
+def old_split(scene):
+    "The rule this package had: both axes shrink, the variance along the longer one stays, so does the opacity."
+    axis = scene.axes().detach().gather(-1, scene.scales.argmax(-1)[:, None, None].expand(-1, 2, 1))[..., 0]
+    offset = axis * math.sqrt(1 - 1 / 1.6**2)
+    rows = [torch.cat([p, p]).detach() for p in scene.parameters()]
+    rows[0], rows[1] = rows[0] + torch.cat([offset, -offset]), rows[1] - math.log(1.6)
+    order = torch.arange(len(scene)).repeat(2).argsort(stable=True)
+    return Gaussians2D(*(row[order] for row in rows), domain=scene.domain, blend=scene.blend)
+
+
+@pytest.mark.parametrize("blend", Blend)
+def test_a_split_keeps_light_and_norm_better_than_the_old_rule(blend):
+    alone = Gaussians2D.from_values([[0.1, -0.2]], [[1.6, 0.7]], [0.4], [0.6], [[1.0, 0.7, 0.4]], blend=blend)
+    for scene in (alone, GroundTruth.random(20, 96, 96, seed=1, blend=blend).scene):
+        after = {}
+        for factor in (1.6, DensifyConfig.split_factor):
+            after[factor], state = pulled(len(scene), scene=scene.clone())
+            config = DensifyConfig(scale_threshold=0, growth=1, split_factor=factor)
+            assert densify(after[factor], None, state, config).n_split == len(scene) == len(after[factor]) / 2
+        before, old, same_factor, new = (render(s, 96, 96, backend="reference").detach()
+                                         for s in (scene, old_split(scene), *after.values()))
+        change, change_same, change_old = (
+            ((image - before).norm() / before.norm()).item() for image in (new, same_factor, old))
+        assert change < 0.85 * change_old and change_same < 0.6 * change_old
+        light, light_same, light_old = ((image.sum() / before.sum()).item() for image in (new, same_factor, old))
+        assert abs(1 - light_same) < abs(1 - light_old) and abs(1 - light) < abs(1 - light_old)
+        if blend is Blend.ADDITIVE:
+            assert light_old == pytest.approx(2 / 1.6**2, abs=0.02)  # a fifth of the light is lost
+            assert light_same == pytest.approx(2 * split_share(1.6) / 1.6, abs=0.015)
+            assert light == pytest.approx(split_share(2), abs=0.015)
+            assert change_same < 0.1 and change < 0.2 and change_old > 0.3
+            norm, norm_old = (image.norm() / before.norm() for image in (new, old))
+            assert abs(1 - norm) < abs(1 - norm_old)
+
+
+def test_a_clone_changes_a_sum_to_second_order_only():
+    scene = GroundTruth.random(20, 48, 48, seed=1, blend=Blend.ADDITIVE).scene.double()
+    before, changes = render(scene, 48, 48, backend="reference").detach(), {}
+    for shift in (0.2, 0.4):
+        after, state = pulled(20, scene=scene.clone())
+        densify(after, None, state, DensifyConfig(scale_threshold=1, clone_shift=shift, growth=1))
+        changes[shift] = (render(after, 48, 48, backend="reference").detach() - before).norm().item()
+    assert changes[0.4] == pytest.approx(4 * changes[0.2], rel=0.15) and changes[0.4] < 0.02 * before.norm()
 
 
 def test_only_those_over_the_threshold_grow():
@@ -499,12 +623,16 @@ def test_a_three_dimensional_module_is_cloned_split_and_pruned(blend):
         untouched = [row for row, parent in enumerate(source) if parent > 2]
         assert torch.equal(parameter.detach()[untouched], old[name][3:])
     assert len(optimizer.state) == len(names)
-    apart = math.exp(0.9) * math.sqrt(1 - 1 / 1.6**2)  # along the second axis, which is the longest
+    apart = math.exp(0.9) * math.sqrt(2 * math.log(2)) / 2  # along the second axis, which is the longest
     pair = torch.stack([apart * along, -apart * along])
     torch.testing.assert_close(scene.means.detach()[children], old["means"][0] + pair)
-    torch.testing.assert_close(scene.log_scales.detach()[children], (old["log_scales"][0] - math.log(1.6)).expand(2, 3))
-    shift = (scene.means[copies[0]] - old["means"][1]).norm().item()
-    assert shift == pytest.approx(0.5 * math.exp(-4.0), rel=1e-4), "no gradient to follow: half a standard deviation"
+    smaller = old["log_scales"][0] - math.log(2) * torch.tensor([0.0, 1.0, 0.0])  # only this axis shrinks
+    torch.testing.assert_close(scene.log_scales.detach()[children], smaller.expand(2, 3))
+    twins = [source.index(1), copies[0]]
+    assert torch.equal(scene.log_scales[twins[0]], scene.log_scales[twins[1]])
+    assert (scene.means[twins[0]] - scene.means[twins[1]]).norm().item() == pytest.approx(
+        0.5 * math.exp(-4.0), rel=1e-4), "no gradient to follow: half a standard deviation, along the longest axis"
+    torch.testing.assert_close(scene.means[twins].mean(0).detach(), old["means"][1])
     sum(parameter.square().sum() for parameter in scene.parameters()).backward()
     optimizer.step()  # and training goes on
     assert optimizer.state[scene.means]["step"] == 2
@@ -539,6 +667,7 @@ def test_replace_rows_takes_any_parameters_and_any_number_of_groups():
     (DensifyConfig, dict(scale_threshold="big"), TypeError), (DensifyConfig, dict(opacity_threshold=1.5), ValueError),
     (DensifyConfig, dict(split_factor=1.0), ValueError), (DensifyConfig, dict(split_factor=math.inf), ValueError),
     (DensifyConfig, dict(clone_shift=-0.1), ValueError), (DensifyConfig, dict(clone_shift=True), TypeError),
+    (DensifyConfig, dict(growth=-0.1), ValueError), (DensifyConfig, dict(growth=math.inf), ValueError),
     (DensifyConfig, dict(start_step=-1), ValueError), (DensifyConfig, dict(stop_fraction=2.0), ValueError),
     (ErrorGrowth, dict(growth=-1), ValueError), (ErrorGrowth, dict(growth=math.inf), ValueError),
     (ErrorGrowth, dict(max_gaussians=0), ValueError), (ErrorGrowth, dict(max_gaussians=True), TypeError),
