@@ -16,9 +16,9 @@ from . import checks
 
 # %% ../nbs/workshop/search.ipynb #target-scouts
 SCOUTS = 3  # short fits, of an eighth of the steps (at least 100), that find the neighbourhood and the slope
-SCOUT_LOSS = 1.8  # decibels by which they usually fall short of a whole fit
+SCOUT_LOSS = 1.8  # decibels by which they are taken to fall short of a whole fit
 SLOPE = 3.0  # decibels for twice as many Gaussians, until two fits can tell
-CLOSE = 0.2  # decibels above the target that are near enough: about 5 % of the Gaussians
+CLOSE = 0.2  # decibels above the target that are near enough: at 3 dB a doubling, 5 % of the Gaussians
 
 
 class _Line:

@@ -8,7 +8,7 @@ from gs2d.fit import default_portrait, fit_image
 from gs2d.gaussians import gaussian_weights
 from gs2d.ground_truth import GroundTruth
 from gs2d.loss import ms_ssim
-from gs2d.measure import BENCH_COLUMNS, bench, bench_csv, bench_table, mean_row, rate_quality, visited_pairs
+from gs2d.measure import BENCH_COLUMNS, NUMBERS_EACH, bench, bench_csv, bench_table, mean_row, rate_quality, visited_pairs
 from gs2d.renderer import pixel_centers, project
 from gs2d.train import Trainer
 
@@ -78,3 +78,14 @@ def test_rate_quality_draws_every_curve():
     ax = rate_quality({"ours": [(200, 31.0), (100, 30.0)], "theirs": [(150, 29.0)]}).axes[0]
     assert [line.get_label() for line in ax.lines] == ["ours", "theirs"]
     assert list(ax.lines[0].get_xdata()) == [100, 200]
+
+
+def test_rate_quality_counts_numbers_stored_and_writes_steps_beside_points():
+    ax = rate_quality({"ours": [(100, 30.0, 1_200)], "theirs": [(90, 29.0)]}, stored=True).axes[0]
+    assert [list(line.get_xdata()) for line in ax.lines] == [[900], [720]]  # nine numbers each, and eight
+    assert ax.get_xlabel() == "numbers stored" and [text.get_text() for text in ax.texts] == ["1,200"]
+
+
+def test_nine_numbers_are_what_a_gaussian_stores():
+    scene = GroundTruth.random(3, 8, 8).scene
+    assert sum(parameter[0].numel() for parameter in scene.parameters()) == NUMBERS_EACH
