@@ -108,8 +108,8 @@ def bench_eps(pictures, options):
     means = {}
     for eps in EPS:
         with patch.object(renderer, "WEIGHT_EPS", eps), patch.object(cpu, "WEIGHT_EPS", eps):
-            fits = [fit_image(path, options.n, options.steps, max_side=options.max_side, progress=False) for path in pictures]
-        means[eps] = statistics.mean(fit.psnr for fit in fits)
+            means[eps] = statistics.mean(
+                fit_image(path, options.n, options.steps, max_side=options.max_side, progress=False).psnr for path in pictures)
         print(f"ε = {eps:<6g} {means[eps]:.3f} dB", flush=True)
     return means
 
