@@ -189,10 +189,7 @@ def _choose(
 
 # %% ../nbs/05_densify.ipynb #gradient-round
 def _clone_and_split(
-    scene: nn.Module,
-    state: DensificationState,
-    config: DensifyConfig,
-    keep: Tensor,  # (N,) False for those that are pruned
+    scene: nn.Module, state: DensificationState, config: DensifyConfig, keep: Tensor
 ) -> Rows:
     "Survivors, then copies, then the children: first one of each pair, then the other."
     n_kept, factor = int(keep.sum()), config.split_factor
