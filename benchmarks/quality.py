@@ -49,7 +49,7 @@ def bench_main(pictures, options):
 
 
 def _grown_by_gradient(config):
-    "The same start and as many rounds, but by clone and split, those that are pulled hardest first."
+    "The same start and as many rounds, but by clone and split, those over the most error first."
     growth = config.densify
     pull = DensifyConfig(
         every_n_steps=max(1, int(growth.stop_fraction * config.n_iterations / growth.rounds)), grad_threshold=0.0,
@@ -64,11 +64,12 @@ def _removals(config):
         "all Gaussians from the start": replace(config, densify=None),
         "growth by gradient, not by error": _grown_by_gradient(config),
         "random start": replace(config, init_level=InitLevel.RANDOM),
-        "one rate for all parameters": replace(config, lr_scale={}),
+        **{f"one rate for all parameters, {lr}": replace(config, lr=lr, lr_scale={}) for lr in (0.01, 0.02, 0.04)},
         "cosine schedule": replace(config, lr_schedule=LRSchedule.COSINE),
         "constant rate": replace(config, lr_schedule=LRSchedule.CONSTANT),
         "Adam's usual β₂ = 0.999": config,
         "sum, not average": replace(config, blend=Blend.ADDITIVE),
+        "over, not average": replace(config, blend=Blend.OVER),
         "L1 + SSIM, not squared error": replace(config, loss="l1_ssim"),
     }
 

@@ -223,7 +223,7 @@ def test_growth_by_error_has_options_of_its_own():
 
 
 @pytest.mark.parametrize("options, expected", [
-    (["--densify-growth", 0.1], "--densify-growth: expected it with --densify-strategy error, got it with gradient"),
+    (["--densify-start-share", 0.1], "--densify-start-share: expected it with --densify-strategy error, got it with gradient"),
     (["--densify-rounds", 3, "--densify-strategy", "gradient"], "--densify-rounds: expected it with --densify-strategy error"),
     (["--densify-every-n-steps", 3, "--densify-strategy", "error"], "--densify-every-n-steps: expected it with --densify-strategy gradient, got it with error"),
 ])

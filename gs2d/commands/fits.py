@@ -272,14 +272,14 @@ def train(
     densify_grad_threshold: Annotated[float | None, _option(
         "gradient: positional gradient that makes one densify. [0.0002]")] = None,
     densify_scale_threshold: Annotated[float | None, _option(
-        "gradient: larger is split, smaller cloned; a fraction of the domain. [0.01]")] = None,
+        "gradient: larger is split, smaller cloned; a fraction of the domain. [0.03]")] = None,
     densify_split_factor: Annotated[float | None, _option(
-        "gradient: how much smaller the two parts of a split are. [1.6]")] = None,
+        "gradient: how much smaller the two parts of a split are. [2]")] = None,
     densify_clone_shift: Annotated[float | None, _option(
-        "gradient: how far downhill a clone starts, in standard deviations. [0.5]")] = None,
+        "gradient: how far apart a clone and its parent start, in standard deviations. [0.5]")] = None,
     densify_rounds: Annotated[int | None, _option("error: rounds, spread evenly. [8]")] = None,
     densify_growth: Annotated[float | None, _option(
-        "error: new ones in a round, as a fraction of those there are. [0.5]")] = None,
+        "New ones in a round, as a fraction of those there are; gradient: at most. [0.5]")] = None,
     densify_start_share: Annotated[float | None, _option(
         "error: the share of --n-gaussians that is there from the first step. [1]")] = None,
     seed: Annotated[int | None, _option("Of the scene to find, the start, and the growth. [0]")] = None,
