@@ -53,7 +53,7 @@ def _grown_by_gradient(config):
     growth = config.densify
     pull = DensifyConfig(
         every_n_steps=max(1, int(growth.stop_fraction * config.n_iterations / growth.rounds)), grad_threshold=0.0,
-        max_gaussians=growth.max_gaussians, stop_fraction=growth.stop_fraction)
+        max_gaussians=growth.max_gaussians, growth=growth.growth, stop_fraction=growth.stop_fraction)
     return replace(config, n_gaussians=growth.n_start(config.n_gaussians), densify=pull)
 
 

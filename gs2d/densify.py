@@ -109,7 +109,7 @@ class DensifyConfig:
     every_n_steps: int = 100  # steps between two rounds
     max_gaussians: int = 2000  # no round grows the scene beyond this; one that is larger is only pruned
     grad_threshold: float = 2e-4  # mean norm of the positional gradient, normalised device coordinates
-    scale_threshold: float = 0.03  # as a fraction of the domain's longer side: larger splits, smaller clones
+    scale_threshold: float = 0.01  # as a fraction of the domain's longer side: larger splits, smaller clones
     opacity_threshold: float = 0.005  # fainter is pruned; in Blend.ADDITIVE, opacity × largest |colour|
     split_factor: float = 2.0  # children's longest standard deviations are the parent's divided by this
     clone_shift: float = 0.5  # how far apart a clone and its parent start, standard deviations

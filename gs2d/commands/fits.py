@@ -272,7 +272,7 @@ def train(
     densify_grad_threshold: Annotated[float | None, _option(
         "gradient: positional gradient that makes one densify. [0.0002]")] = None,
     densify_scale_threshold: Annotated[float | None, _option(
-        "gradient: larger is split, smaller cloned; a fraction of the domain. [0.03]")] = None,
+        "gradient: larger is split, smaller cloned; a fraction of the domain. [0.01]")] = None,
     densify_split_factor: Annotated[float | None, _option(
         "gradient: how much smaller the two parts of a split are. [2]")] = None,
     densify_clone_shift: Annotated[float | None, _option(
