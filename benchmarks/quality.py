@@ -32,7 +32,7 @@ from gs2d.train import LRSchedule, Trainer, make_trainer, run
 
 HERE = Path(__file__).parent
 EPS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-TABLE = [(5_000, 2_000), (9_000, 1_200), (10_000, 3_000), (10_000, 8_000), (30_000, 1_500)]  # Gaussians, steps
+TABLE = [(5_000, 2_000), (9_000, 1_200), (10_000, 3_000), (30_000, 1_500)]  # Gaussians, steps
 
 
 def bench_main(pictures, options):
