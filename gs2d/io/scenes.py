@@ -121,8 +121,8 @@ def _whole(document: dict, key: str, lowest: int) -> int | None:
 # %% ../../nbs/workshop/scenes.ipynb #file-version-1
 def _from_version_1(record: SceneRecord) -> SceneRecord:
     "A weighted scene as it has to be written today: ε was 0.03 and is 0.01, and only opacity / ε counts."
-    warnings.warn("a weighted scene of version 1: its opacities are taken as a third of what the file says, which makes "
-                  "nearly the same picture today; the rims of its Gaussians are smooth now", stacklevel=2)
+    warnings.warn("a weighted scene of version 1: its opacities are taken as a third of what the file says, which "
+                  "makes nearly the same picture: the rims of its Gaussians are smooth today", stacklevel=2)
     return replace(record, opacities=record.opacities / 3)
 
 # %% ../../nbs/workshop/scenes.ipynb #file-parse
