@@ -194,7 +194,7 @@ def _clone_and_split(
     "Survivors, then copies, then the children: first one of each pair, then the other."
     n_kept, factor = int(keep.sum()), config.split_factor
     room = max(0, min(config.max_gaussians - n_kept, math.ceil(config.growth * n_kept)))
-    seen = isinstance(scene, Gaussians2D) and state.image is not None and state.target is not None
+    seen = room > 0 and isinstance(scene, Gaussians2D) and state.image is not None and state.target is not None
     worth = error_under(scene, state.image, state.target) if seen else None
     chosen = _choose(state, keep, config.grad_threshold, room, worth)
     large = scene.scales.amax(dim=-1) > config.scale_threshold * scene.extent
