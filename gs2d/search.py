@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from . import checks
+from .interrupts import noted
 
 # %% ../nbs/workshop/search.ipynb #target-scouts
 SCOUTS = 3  # short fits, of an eighth of the steps (at least 100), that find the neighbourhood and the slope
@@ -38,32 +39,21 @@ class _Line:
         n, reached = self.last
         return round(n * 2 ** ((wanted - reached) / self.slope))
 
-# %% ../nbs/workshop/search.ipynb #target-real
-def fewest_gaussians(
-    fit: Callable[[int, int], object],  # of a number of Gaussians and a number of steps
-    target_psnr: float,  # decibels, at most 100
-    steps: int,  # of a whole fit
-    first: int,  # the number of Gaussians to begin with
-    most: int,  # and the most that there may be
-    tell: Callable[[str], None] = lambda line: None,  # is told about every fit that came to its end
-):  # what `fit` returned for that number
-    """The fit that reaches the target with about the fewest Gaussians. ValueError if `most` of them do not.
-
-    A fit that was interrupted ends the search with the best so far, which then says that it was interrupted.
-    """
-    target_psnr = checks.number("target_psnr", target_psnr, highest=100, above=True)
-    steps, first, most = (checks.whole(name, n) for name, n in (("steps", steps), ("first", first), ("most", most)))
-
+# %% ../nbs/workshop/search.ipynb #target-search
+def _search(fit, target_psnr, steps, first, most, tell, pressed):
+    "What `fewest_gaussians` does; `pressed` is true once Ctrl-C was."
     attempts = []
 
     def attempt(n: int, steps: int, kind: str):
         try:
             attempts.append(fit(n, steps))
             reached = min(attempts[-1].psnr, 100.0)  # infinity has no slope
-        except KeyboardInterrupt:  # before a step of this fit, or after its last
+        except KeyboardInterrupt:  # somebody raised it
             if not attempts:
                 raise
             return replace(attempts[-1], interrupted=True), 0.0
+        if pressed:  # perhaps after the last step of this fit, which does not know of it
+            return replace(attempts[-1], interrupted=True), reached
         if not attempts[-1].interrupted:
             tell(f"{kind} with {n:,} Gaussians: {reached:.2f} dB")
         return attempts[-1], reached
@@ -92,3 +82,21 @@ def fewest_gaussians(
         reachable = f"{reached:.1f} dB, which {low:,} Gaussians reach here"
         raise ValueError(f"target_psnr: expected at most {reachable}, got {target_psnr}")
     return best
+
+# %% ../nbs/workshop/search.ipynb #target-real
+def fewest_gaussians(
+    fit: Callable[[int, int], object],  # of a number of Gaussians and a number of steps
+    target_psnr: float,  # decibels, at most 100
+    steps: int,  # of a whole fit
+    first: int,  # the number of Gaussians to begin with
+    most: int,  # and the most that there may be
+    tell: Callable[[str], None] = lambda line: None,  # is told about every fit that came to its end
+):  # what `fit` returned for that number
+    """The fit that reaches the target with about the fewest Gaussians. ValueError if `most` of them do not.
+
+    A fit that was interrupted ends the search with the best so far, which then says that it was interrupted.
+    """
+    target_psnr = checks.number("target_psnr", target_psnr, highest=100, above=True)
+    steps, first, most = (checks.whole(name, n) for name, n in (("steps", steps), ("first", first), ("most", most)))
+    with noted() as pressed:
+        return _search(fit, target_psnr, steps, first, most, tell, pressed)

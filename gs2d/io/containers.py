@@ -12,9 +12,7 @@ import errno
 import os
 import re
 import shutil
-import signal
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fractions import Fraction
@@ -26,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..checks import number
+from ..interrupts import held
 from .files import default_mode
 from .pictures import load_picture, pictures_in, to_pil
 
@@ -193,22 +192,6 @@ def _remove(temporary: Path) -> None:
     else:
         temporary.unlink(missing_ok=True)
 
-# %% ../../nbs/workshop/containers.ipynb #beat4-interrupt
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    "Hold a Ctrl-C back until the block is done: half a frame would spoil the file."
-    before, pressed = signal.getsignal(signal.SIGINT), []
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield
-        return
-    signal.signal(signal.SIGINT, lambda *arguments: pressed.append(arguments))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if pressed:
-            before(*pressed[0])
-
 # %% ../../nbs/workshop/containers.ipynb #beat4-output
 class FrameWriter:
     "Frames on their way to a file or folder that appears whole at the end, or not at all. One thread at a time."
@@ -246,7 +229,7 @@ class FrameWriter:
         if self._first not in (None, size):
             expected, got = ("{}×{}".format(*each) for each in (self._first, size))
             raise ValueError(f"{name}: expected {expected} pixels (height × width) as in the first frame, got {got}")
-        with _uninterrupted(), self._removed_on_error():
+        with held(), self._removed_on_error():
             frame = _even(frame) if self.kind in (".webm", ".mp4") else frame
             if self._writer is None:
                 self._temporary = _temporary_beside(self.path, self.kind)
@@ -259,7 +242,7 @@ class FrameWriter:
         writer, self._writer = self._writer, None
         if writer is None:
             raise ValueError(f"{self.shown}: expected at least one frame, got none; nothing was saved")
-        with _uninterrupted(), self._removed_on_error():
+        with held(), self._removed_on_error():
             writer.close()
             _put_in_place(self._temporary, self.path)
         return self.path
