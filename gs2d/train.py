@@ -82,6 +82,14 @@ def _largest(tensors: Iterable[Tensor]) -> Tensor:
     return torch.stack([tensor.abs().amax() for tensor in tensors if tensor.numel()] or [torch.zeros(())]).amax()
 
 
+def _take_back(trainer: "Trainer") -> str:
+    "Undo the last update, unless rows came or went since then. Returns what is to be said about the scene."
+    for parameter, old in zip(trainer.scene.parameters(), trainer.before):
+        if parameter.shape == old.shape:
+            parameter.copy_(old)
+    return f"The scene is the one before the last update. Try a smaller learning rate than lr={trainer.config.lr:g}"
+
+
 @torch.no_grad()
 def _measure(trainer: "Trainer", loss: Tensor) -> tuple[float, float]:
     "Loss and PSNR of the picture just rendered. FloatingPointError if the loss or its gradient is not finite."
@@ -90,8 +98,7 @@ def _measure(trainer: "Trainer", loss: Tensor) -> tuple[float, float]:
     if not (math.isfinite(loss_value) and math.isfinite(slope)):
         got = f"a loss of {loss_value:g}" + (" with a gradient that is not" if math.isfinite(loss_value) else "")
         raise FloatingPointError(
-            f"step {trainer.steps_done}: expected a finite loss with a finite gradient, got {got}. "
-            f"The scene is as the step before left it. Try a smaller learning rate than lr={trainer.config.lr:g}")
+            f"step {trainer.steps_done}: expected a finite loss with a finite gradient, got {got}. {_take_back(trainer)}")
     return loss_value, psnr_value
 
 # %% ../nbs/06_train.ipynb #parts-update
@@ -102,17 +109,14 @@ MAX_LOG_SCALE = 88.0  # exp of more is beyond float32
 def _update(trainer: "Trainer") -> None:
     "Adam's step; taken back, with a FloatingPointError, where it leaves what is not finite."
     parameters = list(trainer.scene.parameters())
-    before = [parameter.clone() for parameter in parameters]
+    trainer.before = [parameter.clone() for parameter in parameters]
     trainer.optimizer.step()
     broadest = trainer.scene.log_scales.amax() if len(trainer.scene) else torch.zeros(())
     largest, broadest = torch.stack([_largest(parameters), broadest]).tolist()
     if not math.isfinite(largest) or broadest > MAX_LOG_SCALE:
-        for parameter, old in zip(parameters, before):
-            parameter.copy_(old)
         got = f"a log-scale of {broadest:g}" if math.isfinite(largest) else "a parameter that is not"
         raise FloatingPointError(
-            f"step {trainer.steps_done}: expected finite parameters and scales after the update, got {got}. The scene "
-            f"is as the step before left it. Try a smaller learning rate than lr={trainer.config.lr:g}")
+            f"step {trainer.steps_done}: expected finite parameters after the update, got {got}. {_take_back(trainer)}")
 
 # %% ../nbs/06_train.ipynb #parts-densify
 def _grow(trainer: "Trainer") -> None:
@@ -170,6 +174,7 @@ class Trainer:
         seed = checks.derived_seed(config.seed, "densify")
         self.densification = DensificationState(len(scene), self.device, seed)  # what was gathered since the last round
         self.steps_done, self.seconds_spent, self.history = 0, 0.0, []
+        self.before = []  # the scene's parameters before the last update, to take it back
         self.grown_until = 0.0  # the progress up to which growth was asked for rounds
         self._warm = False  # no step taken yet by this object
         compiled = self.device.type == "cuda" if config.compile == "auto" else config.compile
@@ -200,7 +205,7 @@ class Trainer:
     def step(self) -> StepRecord:
         """One optimisation step. In the main thread, Ctrl-C waits until it is done.
 
-        FloatingPointError, and the scene as it was, if the loss, its gradient or the new scene is not finite.
+        FloatingPointError, and the last update taken back, if the loss, its gradient or the new scene is not finite.
         """
         with held(), torch.enable_grad():
             start, spent = time.perf_counter(), self.seconds_spent
