@@ -86,7 +86,7 @@ class DensificationState:
         try:
             self.generator.set_state(tensors["generator"].detach().cpu())
         except (RuntimeError, TypeError) as error:
-            raise ValueError(f"generator: expected a generator's state, got something else ({checks.line(error)})") from None
+            raise ValueError(f"generator: expected its state, got something else ({checks.line(error)})") from None
         for name in ("norms", "vectors", "counts"):
             setattr(self, name, tensors[name].detach().to(self.counts.device, torch.float32, copy=True))
 
