@@ -8,6 +8,7 @@ __all__ = ['DensificationState', 'Rows', 'replace_rows', 'Growth']
 # %% ../nbs/workshop/growth.ipynb #export-imports
 # Nothing here knows what a Gaussian looks like: a module has parameters with one row per Gaussian, and a gradient of
 # their centres on the screen comes from outside, in normalised device coordinates.
+import math
 from typing import NamedTuple, Protocol
 
 import torch
@@ -16,6 +17,10 @@ from torch import Tensor, nn
 from . import checks
 
 # %% ../nbs/workshop/growth.ipynb #state
+def _all_finite(tensor: Tensor, lowest: float) -> bool:
+    return tensor.is_floating_point() and bool((tensor.isfinite() & (tensor >= lowest)).all())
+
+
 class DensificationState:
     """What is gathered between two rounds: positional gradients in NDC, [-1, 1] across the image.
 
@@ -69,15 +74,21 @@ class DensificationState:
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         "Put back what `state_dict` gave; the number of Gaussians may differ from the present one."
-        n = len(tensors.get("counts", ()))
+        n = len(tensors["counts"]) if "counts" in tensors and tensors["counts"].ndim else 0
         shapes = {"counts": (n,), "norms": (n,), "vectors": (n, 2), "generator": self.generator.get_state().shape}
         for name, shape in shapes.items():
             got = tuple(tensors[name].shape) if name in tensors else None
             if got != tuple(shape):
                 raise ValueError(f"{name}: expected a tensor of shape {tuple(shape)}, got {got}")
+            sums = name in ("counts", "norms")
+            if name != "generator" and not _all_finite(tensors[name], 0.0 if sums else -math.inf):
+                raise ValueError(f"{name}: expected finite numbers{', none below 0' * sums}, got others")
+        try:
+            self.generator.set_state(tensors["generator"].detach().cpu())
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"generator: expected its state, got something else ({checks.line(error)})") from None
         for name in ("norms", "vectors", "counts"):
             setattr(self, name, tensors[name].detach().to(self.counts.device, torch.float32, copy=True))
-        self.generator.set_state(tensors["generator"].detach().cpu())
 
 # %% ../nbs/workshop/growth.ipynb #rows
 class Rows(NamedTuple):

@@ -31,13 +31,13 @@ from .ground_truth import GroundTruth
 from .growth import DensificationState
 from .init_levels import initialize_scene
 from .interrupts import held, noted
-from .io.checkpoints import read_checkpoint, write_checkpoint
+from .io.checkpoints import write_checkpoint
 from .kernels import operators
 from .kernels.devices import resolve_device
 from .loss import psnr
 from .records import StepRecord, TimingStats, TrainResult
 from .renderer import render
-from .resume import restored, trainer_state
+from .resume import trainer_of, trainer_state
 
 # %% ../nbs/06_train.ipynb #schedule-real
 FINAL_LR_FRACTION = 0.01  # where EXPONENTIAL ends; 3DGS lets its positions' rate fall by the same factor
@@ -270,7 +270,7 @@ class Trainer:
         device: str | None = None,  # None takes the one in the saved configuration
     ) -> "Trainer":
         "Read a checkpoint. On one machine's CPU the run ends in the same bytes as if it had never stopped."
-        return restored(Trainer, *read_checkpoint(path), device)
+        return trainer_of(Trainer, path, device)
 
     def __repr__(self) -> str:
         length = f"{self.config.n_iterations} steps" if self.config.seconds is None else f"{self.config.seconds:g} s"

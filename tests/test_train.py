@@ -486,7 +486,7 @@ def test_what_is_not_a_checkpoint_says_so(tmp_path):
     from safetensors.torch import save_file
     old = {"gs2d-checkpoint": json.dumps({"format": "gs2d-checkpoint", "version": 1})}
     save_file({"x": torch.zeros(1)}, tmp_path / "old.safetensors", old)
-    with pytest.raises(ValueError, match="gs2d-checkpoint version 3, got gs2d-checkpoint version 1"):
+    with pytest.raises(ValueError, match="gs2d-checkpoint version 3 or 4, got gs2d-checkpoint version 1"):
         Trainer.load(tmp_path / "old.safetensors")
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="gs2d-checkpoint version 3"):

@@ -8,12 +8,15 @@ __all__ = ['write_checkpoint', 'read_checkpoint', 'keep_checkpoints']
 # %% ../../nbs/workshop/checkpoints.ipynb #export-imports
 # The format is safetensors: named tensors, and metadata that is text. Unlike a pickle it runs no code when it is read.
 # A trainer is whatever saves itself.
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as tensors_of
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
@@ -21,7 +24,16 @@ from .. import checks
 from .files import atomic_write
 
 # %% ../../nbs/workshop/checkpoints.ipynb #resume-write
-_FORMAT, _VERSION = "gs2d-checkpoint", 3
+_FORMAT, _VERSION, _READABLE = "gs2d-checkpoint", 4, (3, 4)
+
+
+def _checksum(tensors: dict[str, Tensor], about: dict) -> str:
+    "SHA-256 over the JSON, and over the name, the type, the shape and the bytes of every tensor."
+    found = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def write_checkpoint(
@@ -31,10 +43,36 @@ def write_checkpoint(
 ) -> Path:
     "Write tensors by name, and a line of JSON."
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {_FORMAT: json.dumps({"format": _FORMAT, "version": _VERSION} | about)}
+    about = json.loads(json.dumps({"format": _FORMAT, "version": _VERSION} | about))  # as it will be read
+    metadata = {_FORMAT: json.dumps(about | {"sha256": _checksum(tensors, about)})}
     return atomic_write(path, safetensors_bytes(tensors, metadata=metadata))
 
 # %% ../../nbs/workshop/checkpoints.ipynb #resume-read
+_DAMAGE = (SafetensorError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError,
+           RuntimeError)  # what the two parsers raise about bytes that are not theirs
+
+
+def _opened(data: bytes) -> tuple[dict[str, Tensor], dict]:
+    "The tensors and the JSON in the bytes of a file; any error if they are not in there."
+    tensors = tensors_of(data)  # checks the header, which comes after 8 bytes with its length
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return tensors, json.loads(header.get("__metadata__", {}).get(_FORMAT, "{}"))
+
+
+def _verified(tensors: dict[str, Tensor], about) -> dict:
+    "The JSON without its checksum, if it is that of a checkpoint that can be read, and whole."
+    found = (about.get("format"), about.get("version")) if isinstance(about, dict) else (None, None)
+    if found[0] != _FORMAT or found[1] not in _READABLE:
+        old = found[0] == _FORMAT and found[1] in (1, 2)
+        hint = "; the gs2d that wrote it can finish it" if old else ""
+        got = f"{checks.line(found[0], 40)} version {checks.shown(found[1])}" if found[0] else "another file"
+        raise ValueError(f"expected {_FORMAT} version {' or '.join(map(str, _READABLE))}, got {got}{hint}")
+    expected = about.pop("sha256", None)
+    if (expected or found[1] > 3) and expected != _checksum(tensors, about):
+        raise ValueError("expected the checkpoint that was written, got a damaged one: its checksum does not fit")
+    return about
+
+
 def read_checkpoint(
     path: str | os.PathLike,
 ) -> tuple[dict[str, Tensor], dict]:
@@ -42,16 +80,15 @@ def read_checkpoint(
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"expected a checkpoint, got no file at {path}")
+    data = path.read_bytes()
     try:
-        with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {}).get(_FORMAT, "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{path}: expected a checkpoint in the safetensors format, got {error}") from None
-    found = about.get("format"), about.get("version")
-    if found != (_FORMAT, _VERSION):
-        raise ValueError(f"{path}: expected {_FORMAT} version {_VERSION}, got {found[0]} version {found[1]}")
-    return tensors, about
+        tensors, about = _opened(data)
+    except _DAMAGE as error:
+        raise ValueError(f"{path}: expected a checkpoint in the safetensors format, got {checks.line(error)}") from None
+    try:
+        return tensors, _verified(tensors, about)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 # %% ../../nbs/workshop/checkpoints.ipynb #keep
 def keep_checkpoints(
