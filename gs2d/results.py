@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .gaussians import Gaussians2D, draw_outlines
 from .io.files import atomic_write
+from .io.runs import appearing_together
 from .io.pictures import save_picture, viewable
 from .loss import ms_ssim
 
@@ -101,16 +102,17 @@ def save_results(
     folder: str | os.PathLike,  # made if it does not exist; files of the same names are replaced
     columns: Iterable[str],  # what the numbers of a record in the history are called
 ) -> Path:
-    "Write scene.json, metrics.json, history.csv and render, target and comparison as .png, each whole or not at all."
+    "Write scene.json, metrics.json, history.csv and render, target and comparison as .png: all of them, or none."
     folder, truth = Path(folder), result.ground_truth
     folder.mkdir(parents=True, exist_ok=True)
-    result.scene.save(folder / "scene.json", truth.height, truth.width)
-    atomic_write(folder / "metrics.json", (json.dumps(metrics(result), indent=1, allow_nan=False) + "\n").encode())
-    atomic_write(folder / "history.csv", csv_bytes(columns, result.history))
-    save_picture(viewable(result.image), folder / "render.png")
-    save_picture(viewable(truth.image), folder / "target.png")
     score = f"{len(result.scene):,} Gaussians: {result.psnr:.2f} dB, SSIM {result.ssim:.4f}"
     figure, file = comparison(result.scene, result.image, truth.image, score), io.BytesIO()
     figure.savefig(file, format="png")
-    atomic_write(folder / "comparison.png", file.getvalue())
+    with appearing_together(folder) as aside:
+        result.scene.save(aside / "scene.json", truth.height, truth.width)
+        atomic_write(aside / "metrics.json", (json.dumps(metrics(result), indent=1, allow_nan=False) + "\n").encode())
+        atomic_write(aside / "history.csv", csv_bytes(columns, result.history))
+        save_picture(viewable(result.image), aside / "render.png")
+        save_picture(viewable(truth.image), aside / "target.png")
+        atomic_write(aside / "comparison.png", file.getvalue())
     return folder

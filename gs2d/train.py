@@ -97,8 +97,8 @@ def _measure(trainer: "Trainer", loss: Tensor) -> tuple[float, float]:
     loss_value, psnr_value, slope = torch.stack([loss, psnr(trainer.image, trainer.target), steepest]).tolist()
     if not (math.isfinite(loss_value) and math.isfinite(slope)):
         got = f"a loss of {loss_value:g}" + (" with a gradient that is not" if math.isfinite(loss_value) else "")
-        raise FloatingPointError(
-            f"step {trainer.steps_done}: expected a finite loss with a finite gradient, got {got}. {_take_back(trainer)}")
+        wrong = f"expected a finite loss with a finite gradient, got {got}"
+        raise FloatingPointError(f"step {trainer.steps_done}: {wrong}. {_take_back(trainer)}")
     return loss_value, psnr_value
 
 # %% ../nbs/06_train.ipynb #parts-update
@@ -115,8 +115,8 @@ def _update(trainer: "Trainer") -> None:
     largest, broadest = torch.stack([_largest(parameters), broadest]).tolist()
     if not math.isfinite(largest) or broadest > MAX_LOG_SCALE:
         got = f"a log-scale of {broadest:g}" if math.isfinite(largest) else "a parameter that is not"
-        raise FloatingPointError(
-            f"step {trainer.steps_done}: expected finite parameters after the update, got {got}. {_take_back(trainer)}")
+        wrong = f"expected finite parameters after the update, got {got}"
+        raise FloatingPointError(f"step {trainer.steps_done}: {wrong}. {_take_back(trainer)}")
 
 # %% ../nbs/06_train.ipynb #parts-densify
 def _grow(trainer: "Trainer") -> None:

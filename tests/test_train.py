@@ -944,3 +944,29 @@ def test_compile_is_for_cuda_unless_asked_for(monkeypatch):
     new_trainer(change(compile=True)).step()
     (function,) = compiled
     assert (function.func, function.args, function.keywords) == (render, (), dict(backend="reference"))
+
+
+def test_a_step_taken_back_can_be_saved_and_goes_on(tmp_path):
+    for lr in (1e30, 1000.0, 50.0):
+        trainer = new_trainer(change(lr=lr))
+        with pytest.raises(FloatingPointError, match="before the last update"):
+            list(trainer)
+        result = trainer.result()
+        assert all(parameter.isfinite().all() for parameter in result.scene.parameters())
+        result.save(tmp_path / "results")
+        again = Trainer.load(trainer.save(tmp_path / "run.safetensors"))
+        for one in (trainer, again):
+            one.update(lr=0.01)
+            list(one)
+            assert one.progress == 1 and one.result().psnr > result.psnr - 3
+
+
+def test_a_loss_of_ones_own_is_called_before_the_run_and_not_in_the_middle():
+    growing = ErrorGrowth(max_gaussians=8)
+    for wrong in (lambda image, target: 1.0, lambda image, target: (image - target).abs()):
+        with pytest.raises(TypeError, match="loss: expected a function of two pictures whose value is a scalar tensor"):
+            new_trainer(change(loss=wrong, growing_loss=l2_loss, densify=growing))
+    trainer = new_trainer(change(growing_loss=l2_loss, densify=growing))
+    with pytest.raises(ZeroDivisionError):
+        trainer.update(loss=lambda image, target: 1 / 0)
+    assert len(list(trainer)) == trainer.config.n_iterations  # it goes on as it was

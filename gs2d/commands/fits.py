@@ -6,52 +6,16 @@
 __all__ = ['fit', 'bench', 'train']
 
 # %% ../../nbs/workshop/cli_fits.ipynb #fits-imports
-# The loop is `gs2d.train.run`; what is heavy is imported where a command needs it.
-from collections.abc import Callable
+# What is heavy is imported where a command needs it.
+import hashlib
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .shared import INTERRUPTED, Device, color, explain, only_one, results_folder, say
-
-# %% ../../nbs/workshop/cli_fits.ipynb #save-code
-def _run(trainer, video: Path | None, quiet: bool):
-    "All steps of a trainer, filmed or not."
-    from gs2d.train import run
-
-    if video is None:
-        return run(trainer, progress=not quiet)
-    from gs2d.show.film import film
-
-    return run(trainer, film(video), progress=not quiet)
-
-
-def _how_far(result) -> str:
-    "Where Ctrl-C ended a run."
-    config, steps = result.config, len(result.history)
-    if config.seconds is not None:
-        return f"after {result.timing.total_s:.1f} of {config.seconds:g} s"
-    return f"after {steps:,} of {config.n_iterations:,} steps" if steps < config.n_iterations else "before the last fit"
-
-
-def _train_and_save(work: Callable, out: Path | None, video: Path | None) -> None:
-    "Call `work`, save its result, and say how good it is; after Ctrl-C the same with what there is, and status 130."
-    with results_folder(out) as folder:
-        result = work()
-        try:
-            result.save(folder)
-        except OSError as error:
-            raise ValueError(f"{folder}: not all results could be written ({explain(error)})") from None
-        except KeyboardInterrupt:
-            say(f"stopped while the results were written; not all of them are in {folder}")
-            raise typer.Exit(INTERRUPTED) from None
-    typer.echo(f"PSNR {result.psnr:.2f} dB, SSIM {result.ssim:.4f}")
-    typer.echo(f"{len(result.scene):,} Gaussians, {len(result.history):,} steps, {result.timing.summary()}")
-    typer.echo(f"results in {folder}" + (f", the video in {video}" if video else ""))
-    if result.interrupted:
-        say(f"stopped {_how_far(result)}; what there was is saved")
-        raise typer.Exit(INTERRUPTED)
+from .. import checks, interrupts
+from .runs import Every, Resume, carry_out, one_run, plain_options, resumed_options, search_run
+from .shared import Device, Overwrite, check_output, color, only_one, run_folder, say
 
 # %% ../../nbs/workshop/cli_fits.ipynb #fit-options
 def _option(text: str, *names: str) -> typer.Option:
@@ -83,13 +47,67 @@ _Loss = Annotated[str, typer.Option(
 
 def _loss(name: str) -> str:
     "The name of a loss, checked."
-    from gs2d import checks
     from gs2d.loss import LOSSES
 
     return checks.one_of("--loss", name, LOSSES)
 
+# %% ../../nbs/workshop/cli_fits.ipynb #fit-work
+def _picture(options: dict, run, checksum: str | None):
+    "The ground truth of a fit: from a checkpoint of the run, or from the picture, which must be the one it was."
+    from gs2d.fit import default_portrait, photo_target
+    from gs2d.train import Trainer
+
+    for path in (run.checkpoint, *sorted(run.fits.glob("*.safetensors"))) if checksum else ():
+        if path.is_file():
+            return Trainer.load(path).ground_truth, checksum
+    photo = options["photo"] or default_portrait()
+    look = options["max_side"], color(options["background"]), options["blend"], options["alpha"]
+    truth = photo_target(Path(photo), *look)
+    found = hashlib.sha256(truth.image.numpy()).hexdigest()
+    if checksum not in (None, found):
+        raise ValueError(f"{photo}: expected the picture that the run began with, got another")
+    return truth, found
+
+
+def _fit(options: dict, resume: Path | None) -> None:
+    "The command, with options that were given now, or when the run began."
+    from gs2d.fit import fit_config, fit_to_target
+    from gs2d.io.runs import HELD, RunFolder
+    from gs2d.train import make_trainer
+
+    given = {name: options[name] for name in ("target_psnr", "n_gaussians", "seconds", "video")}
+    only_one(**given)
+    if options["target_psnr"] is not None:
+        checks.number("target_psnr", options["target_psnr"], highest=100, above=True)
+    only_one(seconds=options["seconds"], steps=options["steps"])
+    only_one(video=options["video"], alpha=options["alpha"] or None)
+    photo, video, quiet, every = (options[name] for name in ("photo", "video", "quiet", "checkpoint_every"))
+    recipe = {name: options[name] for name in ("steps", "seed", "device", "quality")} | {"loss": _loss(options["loss"])}
+    checksum = RunFolder(resume).read().get("picture_sha256") if resume else None
+    overwrite, source = options["overwrite"], None if photo is None else Path(photo)
+    with run_folder(resume or options["out"], HELD, overwrite or resume is not None, source) as run:
+        truth, checksum = _picture(options, run, checksum)
+        if video is not None:
+            check_output("--video", video, overwrite, source)
+        config = fit_config(truth.height, truth.width, options["n_gaussians"], seconds=options["seconds"], **recipe)
+        if not quiet:
+            length = f"{config.n_iterations:,} steps" if config.seconds is None else f"{config.seconds:g} s"
+            say(f"{photo or 'the default portrait'}, {truth.width}×{truth.height} pixels, {length}")
+
+        def work():
+            if options["target_psnr"] is None:
+                return one_run(lambda: make_trainer(config, ground_truth=truth), run.checkpoint, every, video, quiet)
+            tell = (lambda line: None) if quiet else say
+            return search_run(
+                lambda config: make_trainer(config, ground_truth=truth),
+                lambda fit: fit_to_target(truth, options["target_psnr"], fit, tell=tell, **recipe), run.fits, every)
+
+        about = dict(command="fit", options=plain_options(options), picture_sha256=checksum)
+        carry_out(run, about, work, video, resume is not None)
+
 # %% ../../nbs/workshop/cli_fits.ipynb #fit-code
 def fit(
+    ctx: typer.Context,
     photo: Annotated[Path | None, typer.Argument(
         show_default=False,
         help="Any picture that Pillow reads. [default: the portrait that matplotlib ships]")] = None,
@@ -107,13 +125,16 @@ def fit(
     alpha: Annotated[bool, typer.Option("--alpha", help="Keep the picture's transparency: fit four channels.")] = False,
     device: Device = "auto",
     out: _Out = None,
+    overwrite: Overwrite = False,
+    checkpoint_every: Every = None,
+    resume: Resume = None,
     video: _Video = None,
     quiet: _Quiet = False,
 ) -> None:
     """Fit 2D Gaussians to a photograph.
 
-    Writes render.png, target.png, comparison.png, scene.json, history.csv and metrics.json. Ctrl-C stops early, saves
-    what there is, and exits with status 130.
+    Writes render.png, target.png, comparison.png, scene.json, history.csv and metrics.json, all at once at the end.
+    Ctrl-C stops early, saves what there is and a checkpoint, and exits with status 130; --resume goes on.
 
     \b
     Examples:
@@ -123,26 +144,14 @@ def fit(
       gs2d fit photo.jpg --target-psnr 32
       gs2d fit logo.png --alpha
       gs2d fit photo.jpg --video training.webm
+      gs2d fit --resume results
     """
-    from gs2d.fit import default_portrait, fit_config, fit_image, photo_target
-    from gs2d.train import make_trainer
+    from gs2d.io.runs import RunFolder
 
-    only_one(target_psnr=target_psnr, n_gaussians=n_gaussians, seconds=seconds, video=video)
-    only_one(seconds=seconds, steps=steps)
-    only_one(video=video, alpha=alpha or None)
-    truth = photo_target(photo or default_portrait(), max_side, color(background), blend, alpha)
-    recipe = dict(steps=steps, seed=seed, loss=_loss(loss), device=device, quality=quality)
-    config = fit_config(truth.height, truth.width, n_gaussians, seconds=seconds, **recipe)
-    if not quiet:
-        length = f"{config.n_iterations:,} steps" if seconds is None else f"{seconds:g} s"
-        say(f"{photo or 'the default portrait'}, {truth.width}×{truth.height} pixels, {length}")
-
-    def work():
-        if target_psnr is not None:
-            return fit_image(truth, target_psnr=target_psnr, progress=not quiet, **recipe)
-        return _run(make_trainer(config, ground_truth=truth), video, quiet)
-
-    _train_and_save(work, out, video)
+    if resume is not None:
+        _fit(resumed_options(ctx, RunFolder(resume)), resume)
+    else:
+        _fit(ctx.params, None)
 
 # %% ../../nbs/workshop/cli_fits.ipynb #bench-code
 def bench(
@@ -158,6 +167,7 @@ def bench(
     loss: _Loss = "l2",
     device: Device = "auto",
     out: _Out = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Fit every picture in a folder, and write down quality, time and work.
 
@@ -177,18 +187,22 @@ def bench(
     options = dict(steps=steps, seconds=seconds, quality=quality, seed=seed, max_side=max_side, blend=blend,
                    loss=_loss(loss), device=device)
     pictures, rows = pictures_in(folder), []  # rows: those in bench.csv
-    with results_folder(out) as results:
+    with run_folder(out, ("bench.csv", "bench.png"), overwrite, *pictures) as run:
+        results = run.path
         try:
-            for row in measure.bench(pictures, n_gaussians or [None], **options):
-                atomic_write(results / "bench.csv", measure.bench_csv([*rows, row]))
-                rows.append(row)
-                table = measure.bench_table(rows).splitlines()
-                typer.echo("\n".join(table if len(rows) == 1 else table[-1:]))
+            with interrupts.noted() as pressed:
+                for row in measure.bench(pictures, n_gaussians or [None], **options):
+                    atomic_write(results / "bench.csv", measure.bench_csv([*rows, row]))
+                    rows.append(row)
+                    table = measure.bench_table(rows).splitlines()
+                    typer.echo("\n".join(table if len(rows) == 1 else table[-1:]))
+                    if pressed:
+                        raise KeyboardInterrupt
         except KeyboardInterrupt:
             if not rows:
                 raise
             say(f"stopped; {results / 'bench.csv'} has the {len(rows)} rows that were finished")
-            raise typer.Exit(INTERRUPTED) from None
+            raise typer.Exit(interrupts.exit_status()) from None
         means = [row for row in rows if row["picture"] == "mean" and row["psnr"] is not None]
         published = measure.PUBLISHED if all(path.stem.startswith("kodim") for path in pictures) else {}
         if means:
@@ -208,7 +222,6 @@ def _lr_scale(pairs: list[str]) -> dict[str, float]:
 
 def _growth(given: dict) -> dict | None:
     "The plain values of a strategy from the options that begin with densify, or None for no growth."
-    from gs2d import checks
     from gs2d.densify import GROWTHS
 
     growth = {name.removeprefix("densify_"): value for name, value in given.items() if name.startswith("densify_")}
@@ -287,6 +300,9 @@ def train(
     compile: Annotated[str | None, _option(
         "auto, true or false: torch.compile where there are no kernels. [auto]")] = None,
     out: _Out = None,
+    overwrite: Overwrite = False,
+    checkpoint_every: Every = None,
+    resume: Resume = None,
     video: _Video = None,
     quiet: _Quiet = False,
 ) -> None:
@@ -303,8 +319,15 @@ def train(
       gs2d train --densify-every-n-steps 50 --densify-max-gaussians 500
       gs2d train --densify-strategy error --densify-rounds 16 --seconds 10
     """
+    from gs2d.io.runs import HELD, RunFolder
     from gs2d.train import make_trainer
 
-    only_one(seconds=seconds, n_iterations=n_iterations)
-    config = _train_config(ctx.params)
-    _train_and_save(lambda: _run(make_trainer(config), video, quiet), out, video)
+    options = ctx.params if resume is None else resumed_options(ctx, RunFolder(resume))
+    only_one(seconds=options["seconds"], n_iterations=options["n_iterations"])
+    config, every = _train_config(options), options["checkpoint_every"]
+    with run_folder(resume or out, HELD, overwrite or resume is not None) as run:
+        if video is not None:
+            check_output("--video", video, overwrite)
+        about = dict(command="train", options=plain_options(options))
+        work = lambda: one_run(lambda: make_trainer(config), run.checkpoint, every, video, quiet)  # noqa: E731
+        carry_out(run, about, work, video, resume is not None)

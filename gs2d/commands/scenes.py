@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from .shared import Device, color
+from .shared import Device, Overwrite, check_output, color
 
 # %% ../../nbs/workshop/cli_scenes.ipynb #render-size
 def _size(file, height: int | None, width: int | None) -> tuple[int, int]:
@@ -49,6 +49,7 @@ def render(
     device: Device = "auto",
     out: Annotated[Path | None, _option(
         "The picture to write; its suffix names the format. [default: beside the scene, as .png]", "FILE")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Render a scene file at any size.
 
@@ -62,11 +63,13 @@ def render(
 
     from gs2d import renderer
     from gs2d.gaussians import Gaussians2D
-    from gs2d.io.pictures import save_picture, straight_alpha
+    from gs2d.io.pictures import check_suffix, save_picture, straight_alpha
     from gs2d.io.scenes import read_scene
     from gs2d.kernels.devices import resolve_device
 
-    file = read_scene(scene)
+    file, path = read_scene(scene), out or scene.with_suffix(".png")
+    check_output("--out", path, overwrite, scene)
+    check_suffix(path)
     gaussians = Gaussians2D.from_record(file)
     rows, columns = _size(file, height, width)
     behind, transparent = None if background is None else color(background), file.colors.shape[1] == 4
@@ -75,7 +78,7 @@ def render(
         image = renderer.render(gaussians, rows, columns, blend, None if transparent else behind)
     if behind is not None and transparent:
         image = image[..., :3] + (1 - image[..., 3:].clamp(0, 1)) * torch.tensor(behind).to(image)
-    path = save_picture(straight_alpha(image), out or scene.with_suffix(".png"))
+    save_picture(straight_alpha(image), path)
     typer.echo(f"{path}, {columns}×{rows} pixels, {len(gaussians):,} Gaussians")
 
 # %% ../../nbs/workshop/cli_scenes.ipynb #info-code

@@ -11,6 +11,8 @@ __all__ = ['write_checkpoint', 'read_checkpoint', 'keep_checkpoints']
 import hashlib
 import json
 import os
+import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -93,15 +95,32 @@ def read_checkpoint(
 # %% ../../nbs/workshop/checkpoints.ipynb #keep
 def keep_checkpoints(
     path: str | os.PathLike,  # usually ending in .safetensors; replaced in one step each time
-    every_n_steps: int = 100,
+    every_n_steps: int | None = 100,
+    every_seconds: float | None = None,  # of the clock on the wall, instead of steps
+    from_second: float = 0.0,  # with `every_seconds`: none before this
+    at_end: bool = True,  # and one after the last step
 ) -> Callable:  # a wrapper for `gs2d.train.run`
-    "Save the trainer every so many steps, and at the last one."
-    every_n_steps = checks.whole("every_n_steps", every_n_steps)
+    "Save the trainer every so often. A file that cannot be written is a warning: the run goes on, and tries again."
+    if every_seconds is None:
+        every_n_steps = checks.whole("every_n_steps", every_n_steps)
+    else:
+        every_seconds, from_second = (
+            checks.number(name, n) for name, n in (("every_seconds", every_seconds), ("from_second", from_second)))
 
     def keep(trainer, records: Iterator) -> Iterator:
+        due = time.monotonic() + max(from_second, every_seconds or 0.0)
         for record in records:
-            if trainer.steps_done % every_n_steps == 0 or trainer.progress == 1:
-                trainer.save(path)
+            at_the_end = trainer.progress == 1
+            if at_the_end or every_seconds is None:
+                now = at_end if at_the_end else trainer.steps_done % every_n_steps == 0
+            else:
+                now = time.monotonic() >= due
+            if now:
+                try:
+                    trainer.save(path)
+                except OSError as error:
+                    warnings.warn(f"{error}: the run goes on without this checkpoint", stacklevel=2)
+                due = time.monotonic() + (every_seconds or 0.0)
             yield record
 
     return keep

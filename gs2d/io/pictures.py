@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'PICTURE_SUFFIXES', 'to_pil', 'png_bytes', 'png_beside', 'picture_background', 'load_picture',
-           'save_picture', 'straight_alpha', 'viewable', 'pictures_in']
+           'check_suffix', 'save_picture', 'straight_alpha', 'viewable', 'pictures_in']
 
 # %% ../../nbs/workshop/pictures.ipynb #export-imports
 import io
@@ -205,15 +205,21 @@ def load_picture(
     return torch.from_numpy(np.array(np.broadcast_to(pixels, (*pixels.shape[:2], 3)), order="C"))
 
 # %% ../../nbs/workshop/pictures.ipynb #beat5-save
+def check_suffix(path: str | os.PathLike) -> str:
+    "The name of the picture format that the suffix of a path stands for, or a clear error."
+    path = Path(path)
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind not in Image.SAVE:
+        raise ValueError(f"{path}: expected the suffix of a picture format, such as .png or .jpg, got {path.suffix!r}")
+    return kind
+
+
 def save_picture(
     image: Tensor,  # (H, W, 3), nominally in [0, 1]
     path: str | os.PathLike,  # the suffix names the format: .png, .jpg, .webp, .tiff, .bmp, …
 ) -> Path:
     "Write the image in the format that the suffix names, whole or not at all."
-    path = Path(path)
-    kind = Image.registered_extensions().get(path.suffix.lower())
-    if kind not in Image.SAVE:
-        raise ValueError(f"{path}: expected the suffix of a picture format, such as .png or .jpg, got {path.suffix!r}")
+    path, kind = Path(path), check_suffix(path)
     buffer = io.BytesIO()
     try:
         to_pil(image).save(buffer, kind, **({"quality": 95} if kind in ("JPEG", "WEBP") else {}))
