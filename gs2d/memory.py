@@ -134,10 +134,11 @@ def check_memory(
     n_gaussians: int,
     height: int,  # pixels
     width: int,  # pixels
+    free: int | None = None,  # bytes; None: `available_bytes()`
     **more,  # for the estimate
 ) -> None:
     "MemoryError, with a number that would fit, if this machine has less free than the estimate says."
-    need, free = estimate(n_gaussians, height, width, **more), available_bytes()
+    need, free = estimate(n_gaussians, height, width, **more), available_bytes() if free is None else free
     if need <= free:
         return
     got = f"need about {_in_words(need)}, and {_in_words(free)} are free"
