@@ -26,6 +26,7 @@ from gs2d.gaussians import Blend, Domain2D, Gaussians2D
 from gs2d.kernels import operators
 from gs2d.loss import l1_loss, l2_loss, ssim_map
 from gs2d.measure import visited_pairs
+from gs2d.memory import rendering_bytes, training_bytes
 from gs2d.renderer import WEIGHT_EPS, project, rasterize, render
 
 HERE = Path(__file__).parent
@@ -223,10 +224,15 @@ def fit_line(rows, out):
 
 
 MEMORY_CODE = """
-import resource, sys, torch
+import resource, sys, tempfile, torch
 sys.path.insert(0, {here!r})
-from run import make_scene, make_target, render, l2_loss, Blend
-render(make_scene(10, 64, 64, 3.0), 64, 64, Blend.ADDITIVE).sum().backward()
+from run import make_scene, make_target
+import gs2d
+from gs2d.fit import fit_config
+from gs2d.gaussians import Domain2D
+from gs2d.ground_truth import GroundTruth
+from gs2d.io.pictures import save_picture, viewable
+from gs2d.train import TrainConfig, make_trainer
 
 def peak():
     if sys.platform != "linux":
@@ -234,21 +240,58 @@ def peak():
     with open("/proc/self/status") as status:  # Linux's ru_maxrss begins with what the parent process held
         return 1024 * int(next(line for line in status if line.startswith("VmHWM")).split()[1])
 
+def target(height, width, channels):
+    image = torch.cat([make_target(height, width), torch.ones(height, width, 1)], -1)[..., :channels].contiguous()
+    return GroundTruth(image, None, Domain2D.for_image(height, width), {blend!r}, (0.0,) * channels)
+
+def fit(n, height, width, channels):
+    options = dict(steps=6, loss="l1_ssim", blend={blend!r})
+    trainer = make_trainer(fit_config(height, width, n, **options), ground_truth=target(height, width, channels))
+    for _ in range(5):
+        trainer.step()
+    return trainer.result()
+
+def save(*size):
+    with tempfile.TemporaryDirectory() as folder:
+        fit(*size).save(folder)
+
+def train(n, height, width, channels):
+    trainer = make_trainer(TrainConfig(n_gaussians=n, height=height, width=width, blend={blend!r}))
+    for _ in range(3):
+        trainer.step()
+
+def draw(n, height, width, channels):
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        scene = make_scene(n, height, width, 3.0)
+        scene.blend = gs2d.Blend({blend!r})
+        save_picture(viewable(gs2d.render(scene, height, width)), folder + "/picture.png")
+
+{work}(40, 48, 64, {channels})
 before = peak()
-scene, target = make_scene({n}, {height}, {width}, {sigma}), make_target({height}, {width})
-l2_loss(render(scene, {height}, {width}, Blend.ADDITIVE), target).backward()
+{work}({n}, {height}, {width}, {channels})
 print(before, peak())
 """
+MEMORY_CASES = [  # work, Gaussians, height, width, channels, blend
+    ("fit", 1_000, 256, 256, 3, "weighted"), ("fit", 100_000, 256, 256, 3, "weighted"), ("fit", 1_000_000, 256, 256, 3, "weighted"),
+    ("fit", 1_000_000, 256, 256, 3, "over"), ("fit", 1_000_000, 256, 256, 4, "weighted"), ("fit", 1_000, 2048, 2048, 3, "weighted"),
+    ("fit", 1_000, 2048, 2048, 4, "over"), ("fit", 1_000_000, 2048, 2048, 3, "additive"), ("fit", 9_000, 512, 768, 3, "weighted"),
+    ("train", 1_000_000, 256, 256, 3, "weighted"), ("train", 1_000, 2048, 2048, 3, "weighted"), ("train", 100_000, 2048, 2048, 3, "over"),
+    ("save", 1_000, 1024, 1024, 3, "weighted"), ("save", 1_000_000, 256, 256, 3, "weighted"), ("save", 1_000, 1024, 1024, 4, "weighted"),
+    ("draw", 1_000, 4096, 4096, 3, "weighted"), ("draw", 2_000_000, 256, 256, 3, "over"), ("draw", 1_000_000, 1024, 1024, 3, "additive"),
+]
 
 
 def bench_memory(quick):
-    "Peak memory of a process that does one forward and backward pass, the picture and the libraries included."
+    "Peak memory of processes that fit, train, fit and save, or draw, beyond the libraries; and what gs2d.memory says before."
     rows = []
-    for n, height, width, sigma in [(9_000, 512, 768, 4.0), (100_000, 4096, 4096, 6.0)]:
-        code = MEMORY_CODE.format(here=str(HERE), n=n, height=height, width=width, sigma=sigma)
+    for work, n, height, width, channels, blend in MEMORY_CASES[:: 4 if quick else 1]:
+        code = MEMORY_CODE.format(here=str(HERE), work=work, n=n, height=height, width=width, channels=channels, blend=blend)
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         before, peak = map(int, done.stdout.split())
-        rows.append(dict(case=f"{n:,} on {width}×{height}", libraries_gb=before / 1e9, peak_gb=peak / 1e9))
+        options = {} if work == "draw" else dict(content=work != "train", scored=work == "save")
+        estimate = (rendering_bytes if work == "draw" else training_bytes)(n, height, width, channels, blend, **options)
+        rows.append(dict(case=f"{work} {n:,} on {width}×{height}×{channels}, {blend}", libraries_gb=before / 1e9,
+                         peak_gb=(peak - before) / 1e9, estimate_gb=estimate / 1e9, ratio=estimate / (peak - before)))
     return rows
 
 

@@ -1,15 +1,18 @@
 """The live session and its panel, with clicks made in code. For the end of a run they wait with `session.wait`, for something
 in its middle they poll, with a deadline. Nothing here sleeps for a fixed time."""
 import dataclasses
+import gc
 import io
 import threading
 import time
+import weakref
 from datetime import datetime
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from ipywidgets.widgets import widget as widget_registry
 from PIL import Image
 
 from gs2d.densify import DensifyConfig, ErrorGrowth
@@ -557,6 +560,14 @@ def test_a_folder_that_cannot_be_written_is_said_in_the_view(live, tmp_path):
     assert "did not work" in live.message.value
 
 
+def test_what_closing_has_to_say_is_in_the_still_picture(live):
+    live.video.value = True
+    click(live, "run")
+    wait_for(lambda: live.trainer.steps_done > 20)
+    live.close()
+    assert "Saved" in live.words.value and not live.video.value
+
+
 def test_a_new_view_closes_the_one_before(live):
     click(live, "run")
     wait_for(lambda: live.trainer.steps_done > 3)
@@ -565,6 +576,66 @@ def test_a_new_view_closes_the_one_before(live):
     other.session.run()
     wait_for(lambda: other.trainer.steps_done > 3)
     assert [thread.session for thread in training_threads()] == [other.session]
+
+
+def parts_of(widget):
+    "All widgets that a widget's state names, itself included: what a page that is loaded asks for."
+    parts = [widget]
+    for part in (*getattr(widget, "children", ()), getattr(widget, "layout", None), getattr(widget, "style", None)):
+        parts += [] if part is None else parts_of(part)
+    return parts
+
+
+def test_a_closed_view_leaves_a_still_picture_and_nothing_else_open():
+    open_widgets = widget_registry._instances  # everything that a page can ask for
+    if LiveTrainer._open is not None:
+        LiveTrainer._open.close()
+    before = set(open_widgets)
+    for k in range(1, 4):
+        live = LiveTrainer(TRUTH, LONG)
+        click(live, "step")
+        live.close()
+        left = [open_widgets[name] for name in set(open_widgets) - before]
+        assert len(left) == 5 * k, "a box and a text, with their layouts, and the text's style"
+        assert all(part in left for widget in left for part in parts_of(widget)), "no open widget asks for a closed one"
+    assert live.box.children == (live.words,) and "closed" in live.words.value
+    assert live.words.value.count('src="data:image/png;base64,') == 2 == live.words.value.count("<img alt=")
+    words = live.words.value
+    live.close()
+    live.session.reset()
+    assert live.words.value == words, "closed for good"
+
+
+def test_a_closed_view_is_let_go_of_with_its_trainer():
+    gone = []
+    for _ in range(3):
+        live = LiveTrainer(TRUTH, LONG)
+        live.session.run()
+        wait_for(lambda: live.trainer.steps_done > 3)
+        gone += [weakref.ref(thing) for thing in (live, live.session, live.trainer, live.trainer.optimizer, live.trainer.scene)]
+        live.close()
+    assert live.result().scene is not None, "who holds it may ask it"
+    del live
+    gc.collect()
+    assert [thing() for thing in gone] == [None] * 15
+
+
+def test_a_notebook_that_runs_a_cell_again_and_again_does_not_keep_the_views_that_it_has_shown():
+    from IPython.core.interactiveshell import InteractiveShell
+
+    shell = InteractiveShell.instance()
+    try:
+        shell.user_ns.update(LiveTrainer=LiveTrainer, TRUTH=TRUTH, LONG=LONG)
+        trainers = []
+        for _ in range(6):
+            assert shell.run_cell("live = LiveTrainer(TRUTH, LONG)\nlive", store_history=True).success
+            trainers.append(weakref.ref(shell.user_ns["live"].trainer))
+        gc.collect()
+        alive = [trainer() is not None for trainer in trainers]
+        assert alive == [False] * 3 + [True] * 3, "the last three: live itself, and what IPython calls _, __ and ___"
+    finally:
+        shell.run_cell("del live")
+        InteractiveShell.clear_instance()
 
 
 def test_result_is_a_copy_at_rest_while_training_goes_on(live):

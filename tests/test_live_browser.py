@@ -308,3 +308,22 @@ def test_in_the_foreground_the_cell_trains_until_it_is_interrupted(running):
     wait_for(lambda: "paused" in running.words(panel), "the word for it")
     assert cell.locator("[data-mime-type='application/vnd.jupyter.error']").count() == 0
     assert running.probe()["threads"] == 0, "the view before was closed"
+
+
+def test_a_page_that_is_loaded_again_shows_what_the_closed_views_left(panel):
+    "Loaded again, a page asks the kernel for the parts of all that is open; for a part that was closed it would wait for ever."
+    page, opened = panel.page, panel.foreground_cell.locator(".jp-OutputArea-output").first
+    if not opened.locator("button").count():  # closes the view of the cell before
+        panel.start(panel.foreground_cell)
+        opened.locator("button", has_text="Pause").wait_for()
+        panel.interrupt(panel.foreground_cell)
+    page.keyboard.press("Control+s")
+    page.wait_for_function("() => !document.querySelector('.jp-mod-dirty')")
+    page.reload()
+    page.wait_for_selector("#jp-main-statusbar >> text=/\\| Idle/")
+    panel.panel.locator("img[alt='The last picture']").wait_for()
+    opened.locator("button", has_text="Run").wait_for()
+    assert "closed" in panel.panel.inner_text() and page.get_by_text("Loading widget").count() == 0
+    if folder := os.environ.get("GS2D_SCREENSHOTS"):
+        panel.panel.scroll_into_view_if_needed()
+        panel.panel.screenshot(path=f"{folder}/live-closed.png")

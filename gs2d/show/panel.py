@@ -7,6 +7,7 @@ __all__ = ['view_of', 'Pace', 'Screen', 'Film', 'LiveTrainer']
 
 # %% ../../nbs/08_live.ipynb #export-imports
 # The panel in front of a LiveSession. Nothing here is inside the training loop: it looks at a Trainer at rest.
+import base64
 import html
 import io
 import time
@@ -23,7 +24,7 @@ from ..ground_truth import GroundTruth
 from ..init_levels import InitLevel
 from ..io.pictures import save_picture
 from ..renderer import render
-from .controls import Settings, button, column, row, says
+from .controls import Settings, button, close_all, column, row, says
 from .film import VideoRecorder
 from .session import ALLOWED, LiveSession, State, pause_all
 from .views import LEGENDS, Curves, View, draw_view, encode
@@ -95,6 +96,14 @@ class Screen:
             elif pace.due():
                 with pace:
                     draw()
+
+    def still(self) -> str:
+        "The pictures of now as HTML, which needs no further widget."
+        images = ""
+        for alt, shown in {"The last picture": self.image, "The curves of loss and PSNR": self.curves}.items():
+            data = f"data:image/{shown.format};base64,{base64.b64encode(shown.value).decode()}"
+            images += f'<img alt="{alt}" src="{data}" style="flex: 0 1 480px; min-width: 0; object-fit: contain">'
+        return f'<div style="display: flex; flex-wrap: wrap; gap: 14px">{images}</div>'
 
     def draw_frame(self) -> None:
         "JPEG while it runs, exact PNG where it rests."
@@ -182,6 +191,18 @@ def _after_cell(result) -> None:
     if isinstance(result.error_in_exec, KeyboardInterrupt):
         pause_all()
 
+
+def _forget_output(view: "LiveTrainer") -> None:
+    "Take a view out of what the notebook keeps of its outputs: Out[7] and _7. Variables of yours are left alone."
+    from IPython import get_ipython
+
+    shell = get_ipython()
+    shown = {} if shell is None else shell.user_ns.get("Out", {})
+    for number in [number for number, value in shown.items() if value is view]:
+        del shown[number]
+        for names in (shell.user_ns, shell.user_ns_hidden):
+            names.pop(f"_{number}", None)
+
 # %% ../../nbs/08_live.ipynb #panel-class
 class LiveTrainer:
     """Watch a training run, and steer it. Shows itself at the end of a cell. A new one closes the one before.
@@ -200,7 +221,7 @@ class LiveTrainer:
         max_side: int = 384,  # pixels; a larger picture is shrunk to it, a given GroundTruth is not
         folder: str | Path = "gs2d-out",  # where the save buttons write
     ):
-        self.max_side, self.folder = max_side, Path(folder)
+        self.max_side, self.folder, self.closed = max_side, Path(folder), False
         truth = picture if isinstance(picture, GroundTruth) else GroundTruth.from_image(picture, max_side)
         self.session = LiveSession(truth, config or _default_config(truth), self._watch, threaded)
         if LiveTrainer._open is not None:
@@ -240,14 +261,20 @@ class LiveTrainer:
         return f"Saved {save_picture(self.result().image, self._path('.png'))}"
 
     def close(self) -> None:
-        "End the training, and leave of the view the last picture and a word."
+        "End the training, and leave of the view a still picture and a word. Its trainer stays with who holds the view."
+        if self.closed:
+            return
+        self.closed = True
         self.session.stop()
-        self._try(self._film.finish)
+        self._try(lambda: self._film.finish() or self.message.value)  # what was said is not lost
+        self.session.watch = lambda: None  # nobody looks any more
         LiveTrainer._open = None if LiveTrainer._open is self else LiveTrainer._open
-        self.words.value += "<i>closed: there is a newer view</i>"
-        for control in (*self.buttons.values(), *self.controls.values(), self.video, self.upload, self.view):
-            control.close()
-        self.box.children = self.box.children[1:3]
+        self.words.value += f"<i>closed</i> {self.message.value}{self._screen.still()}"
+        parts = [part for part in self.box.children if part is not self.words]
+        self.box.children = (self.words,)
+        for part in parts:
+            close_all(part)
+        _forget_output(self)
 
     def __repr__(self) -> str:
         return f"LiveTrainer({self.session.state.value}, {self.trainer!r})"
