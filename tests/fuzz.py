@@ -30,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 
-SECONDS = 30  # for one input
+SECONDS = 20  # for one input
 MEMORY = 2 * 2**30  # bytes that a process may take on top of what it has when it is idle
 PIXELS = 4_000_000  # the limit of pictures here, so that the bound on memory is one: 48 bytes a pixel, or so, are needed
 LONGEST = 300  # characters of a message, on top of the paths in it
@@ -327,17 +327,16 @@ class Videos:
     "Videos, through read_frames and last_frame."
 
     def __init__(self, folder: Path):
+        from gs2d.io import containers
         from gs2d.io.containers import FrameWriter, last_frame, read_frames
 
+        containers.MAX_PIXELS = PIXELS
         self.readers, self.sources, rng = (read_frames, last_frame), {}, np.random.default_rng(0)
         for name, size in (("a.gif", (20, 24)), ("a.webm", (34, 40)), ("a.mp4", (34, 40))):
             writer = FrameWriter(folder / name, fps=10)
             for _ in range(5):
                 writer.write(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
             self.sources[name] = writer.finish().read_bytes()
-        import av
-
-        av.logging.set_level(av.logging.PANIC)
 
     def input(self, rng, folder: Path) -> None:
         name = list(self.sources)[rng.integers(3)]
@@ -459,7 +458,8 @@ def ending(target, folder: Path) -> tuple[str, str]:
         import traceback
 
         where = traceback.extract_tb(error.__traceback__)[-1]
-        return "unclear", f"{type(error).__name__}: {str(error)[:300]} ({Path(where.filename).name}:{where.lineno})"
+        text = str(error).replace(str(folder), "…")
+        return "unclear", f"{type(error).__name__} in {Path(where.filename).name}:{where.lineno}: {text[:300]}"
 
 
 def worker(name: str, seed: int, folder: Path) -> None:
@@ -613,7 +613,7 @@ def main(arguments=None) -> int:
         tried = found["accepted"] + found["refused"] + found["unclear"]
         print(f"{name:<13}{tried:>9,}{found['accepted']:>10,}{found['refused']:>9,}{found['unclear']:>9,}{time.monotonic() - start:>9.0f}", flush=True)
         for kind, numbers in found["kinds"].items():
-            print(f"    {len(numbers) or 1:>5} × {kind}   (--targets {name} --seed {given.seed} --input {numbers[0] if numbers else '?'})", flush=True)
+            print(f"    {len(numbers) or 1:>5} × {ascii(kind)[1:-1]}   (--targets {name} --seed {given.seed} --input {numbers[0] if numbers else '?'})", flush=True)
         unclear += found["unclear"]
     if unclear:
         print(f"{unclear:,} unclear endings; the inputs are in {given.out}")

@@ -470,3 +470,13 @@ def test_odd_palettes_and_notes_make_no_noise():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert is_a_picture(load_picture(odd), 1, 2)
+
+
+def test_a_header_that_announces_gigabytes_gets_no_room_for_them(tmp_path):
+    box = struct.pack(">I4sI4s", 2**31 + 5, b"jp2h", 22, b"ihdr")
+    (tmp_path / "a.jp2").write_bytes(b"\0\0\0\x0cjP  \x0d\x0a\x87\x0a" + struct.pack(">I4s4sI", 16, b"ftyp", b"jp2 ", 0) + box + bytes(100))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="damaged"):
+        load_picture(tmp_path / "a.jp2")
+    assert tracemalloc.get_traced_memory()[1] < 1e7
+    tracemalloc.stop()

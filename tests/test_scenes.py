@@ -281,7 +281,7 @@ def text_of(**change):
     (text_of(colors={"a": 1}), "'colors'.*{'a': 1}"), (text_of(alphas={"a": 1}), "'alphas'"), (text_of(colors=[{}, {}]), "'colors'.*row 0"),
     (text_of(**TWO, x_dim={"a": 1, "b": 2}), "x_dim"), (text_of(x_dim=["a", -5, 5]), "x_dim"), (text_of(x_dim=[10**400, 1]), "x_dim"),
     (text_of(x_dim=[-1e308, 1e308]), "x_dim"), (text_of(x_dim=[True, 5]), "x_dim"), (text_of(x_dim=1), "x_dim"),
-    (text_of(thetas=[0, 10**400]), "'thetas'.*row 1"), (text_of(centers=[[0, 0], [0, -(10**400)]]), "'centers'.*row 1"),
+    (text_of(thetas=[0, 10**400]), "'thetas'.*row 1"), (text_of(sigmas=[[1, 1], [10**400, 1]]), "'sigmas'.*row 1"), (text_of(centers=[[0, 0], [0, -(10**400)]]), "'centers'.*row 1"),
     (text_of(**{**TWO, "colors": [[1, 1, 1], [1, 1e39, 1]]}), r"32 bits.*'colors'.*1e\+39.*row 1"), (text_of(alphas=[[1e39] * 3, [0] * 3]), "'alphas'.*row 0"),
     (text_of(centers=[[0, 0], [3.5e38, 0]]), "'centers'.*row 1"), (text_of(thetas=["0.1", 0]), "'thetas'.*'0.1' in row 0"),
     (text_of(thetas=[True, 0]), "'thetas'.*True in row 0"), (text_of(thetas=[None, 0]), "'thetas'.*row 0"), (text_of(thetas="ab"), "'thetas'.*'ab'"),

@@ -13,7 +13,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -159,10 +159,21 @@ _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, A
            RuntimeError, AssertionError, struct.error, zlib.error)
 
 
-def _opened(picture, what: str) -> Image.Image:
-    "A Pillow image, its pixels not yet decoded."
+class _Bounded(io.BufferedReader):
+    "A file that makes no room for bytes that it does not have, however many a header announces."
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(0, os.fstat(self.fileno()).st_size - self.tell())
+        return super().read(left if size is None or size < 0 else min(size, left))
+
+
+def _opened(picture, what: str, stack: ExitStack) -> Image.Image:
+    "A Pillow image, its pixels not yet decoded; `stack` closes it."
+    if isinstance(picture, Image.Image):
+        return picture
     try:
-        return picture if isinstance(picture, Image.Image) else Image.open(picture)
+        file = stack.enter_context(_Bounded(io.FileIO(picture))) if isinstance(picture, Path) else picture
+        return stack.enter_context(Image.open(file))
     except UnidentifiedImageError:
         raise ValueError(f"{what}: not a picture, or not in a format that Pillow reads") from None
     except _DAMAGE as error:  # with a number it comes from the system, without from a decoder
@@ -186,11 +197,9 @@ def _read(picture) -> np.ndarray:
     if isinstance(picture, Path):
         _check_file(picture)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), ExitStack() as stack:
             warnings.simplefilter("ignore")  # of large pictures, odd palettes, damaged notes about the camera
-            image = _opened(picture, what)
-            with nullcontext() if image is picture else image:
-                pixels = _decoded(image, what)
+            pixels = _decoded(_opened(picture, what, stack), what)
     except Image.DecompressionBombError as error:
         raise ValueError(f"{what}: expected 1 to {MAX_PIXELS:,} pixels, got more ({line(error, 120)})") from None
     try:

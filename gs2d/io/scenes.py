@@ -179,7 +179,7 @@ def _parse_scene(document) -> SceneRecord:
     _check_header(document)
     flat, n = "colors" not in document, _whole(document, "N", 0)
     ink = "alphas" if flat else "colors"
-    means, scales = _array(document, "centers", n, 2), _array(document, "sigmas", n, 2, np.finfo(np.float64).max)
+    means, scales = _array(document, "centers", n, 2), _array(document, "sigmas", n, 2, float(np.finfo(np.float64).max))
     blend = document.get("blend", "additive" if flat else "weighted")
     if blend not in BLENDS:
         raise ValueError(f"expected 'weighted', 'additive' or 'over' for 'blend', got {shown(blend)}")
