@@ -42,7 +42,8 @@ class SceneRecord:
     width: int | None = None
 
 # %% ../../nbs/workshop/scenes.ipynb #record-check
-_LARGEST, _SMALLEST_SCALE = torch.finfo(torch.float32).max, torch.finfo(torch.float64).tiny
+_LARGEST = torch.finfo(torch.float32).max
+_SMALLEST_SCALE, _LARGEST_SCALE = torch.finfo(torch.float64).tiny, torch.finfo(torch.float64).max
 _MAX_SIDE = 2**31 - 1  # pixels
 
 
@@ -179,7 +180,7 @@ def _parse_scene(document) -> SceneRecord:
     _check_header(document)
     flat, n = "colors" not in document, _whole(document, "N", 0)
     ink = "alphas" if flat else "colors"
-    means, scales = _array(document, "centers", n, 2), _array(document, "sigmas", n, 2, float(np.finfo(np.float64).max))
+    means, scales = _array(document, "centers", n, 2), _array(document, "sigmas", n, 2, _LARGEST_SCALE)
     blend = document.get("blend", "additive" if flat else "weighted")
     if blend not in BLENDS:
         raise ValueError(f"expected 'weighted', 'additive' or 'over' for 'blend', got {shown(blend)}")
