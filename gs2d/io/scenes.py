@@ -191,10 +191,11 @@ def _parse_scene(document) -> SceneRecord:
         document["opacities"] = [1.0] * n
     if channels == 0:
         raise ValueError(f"expected at least one channel in {ink!r}, got none")
+    background = tuple(_array(document, "background", channels).tolist())
     record = _checked(SceneRecord(
         means, scales, _array(document, "thetas", n), _array(document, "opacities", n),
-        _array(document, ink, n, channels), document["x_dim"], document["y_dim"], blend,
-        tuple(_array(document, "background", channels).tolist()), _whole(document, "res_y", 1), _whole(document, "res_x", 1)))
+        _array(document, ink, n, channels), document["x_dim"], document["y_dim"], blend, background,
+        _whole(document, "res_y", 1), _whole(document, "res_x", 1)))
     return _from_version_1(record) if document.get("version") == 1 and blend == "weighted" else record
 
 # %% ../../nbs/workshop/scenes.ipynb #file-from-json
