@@ -1,7 +1,9 @@
 """Pictures of every kind become what they show, and what is no picture is refused in one sentence."""
 import io
 import math
+import os
 import struct
+import tracemalloc
 import warnings
 import zlib
 
@@ -359,3 +361,122 @@ def test_a_folder_without_pictures(tmp_path):
         pictures_in(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=PICTURE_SUFFIXES[0]):
         pictures_in(tmp_path)
+
+
+# ── every mode, every type, every byte ────────────────────────────────────────
+
+MODES = ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "I", "I;16", "I;16B", "I;16L", "I;16N", "F"]
+
+
+def is_a_picture(image, height, width):
+    return (image.shape == (height, width, 3) and image.dtype == torch.float32 and image.is_contiguous() and not image.requires_grad
+            and 0 <= image.min() and image.max() <= 1)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_pillow_image_of_every_mode_is_a_picture(mode):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert is_a_picture(load_picture(Image.new(mode, (5, 4))), 4, 5)
+        assert is_a_picture(load_picture(Image.new(mode, (50, 40)), max_side=9, background=(1, 0, 1)), 7, 9)
+
+
+@pytest.mark.parametrize("dtype", ["?", "u1", "i1", "<u2", ">u2", "i2", "u4", "i4", "u8", "i8", "f2", "<f4", ">f4", "f8", "g", "c8", "c16", "O", "S3", "U3",
+                                   "M8[s]", "m8[s]", "V4", [("a", "f4")]], ids=str)
+@pytest.mark.parametrize("shape", [(4, 5), (4, 5, 1), (4, 5, 3), (4, 5, 4)])
+def test_an_array_of_every_type_is_a_picture_or_said_to_be_none(dtype, shape):
+    array = np.zeros(shape, dtype)
+    if np.dtype(dtype).kind in "?bf" or np.dtype(dtype).str[1:] in ("u1", "u2"):
+        assert is_a_picture(load_picture(array), 4, 5)
+    else:
+        with pytest.raises(TypeError, match="expected uint8, uint16, bool, or numbers"):
+            load_picture(array)
+
+
+def test_the_byte_order_of_an_array_does_not_matter():
+    levels = np.array([[0, 258, 65535]], np.uint16)
+    assert torch.equal(load_picture(levels), load_picture(levels.astype(">u2")))
+    assert torch.equal(load_picture(levels / 65535), load_picture((levels / 65535).astype(">f8")))
+
+
+IMAGE = torch.rand(4, 5, 3, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", [
+    lambda: IMAGE.clone().requires_grad_(), lambda: IMAGE.bfloat16(), lambda: IMAGE.to(torch.float8_e4m3fn), lambda: IMAGE.to_sparse(),
+    lambda: IMAGE[..., 0].to_sparse_csr(), lambda: IMAGE.to_mkldnn(), lambda: torch.quantize_per_tensor(IMAGE, 1 / 256, 0, torch.quint8),
+    lambda: (IMAGE * 65535).to(torch.uint16), lambda: torch.complex(IMAGE, -IMAGE).conj().imag, lambda: torch.zeros(1).expand(4, 5),
+    lambda: IMAGE.permute(1, 0, 2).contiguous().permute(1, 0, 2)])
+def test_a_tensor_of_every_kind_is_a_picture(make):
+    assert is_a_picture(load_picture(make()), 4, 5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", [
+    lambda: IMAGE.to("meta"), lambda: IMAGE.to(torch.complex64), lambda: torch.complex(IMAGE, IMAGE).conj(), lambda: IMAGE.to(torch.complex32),
+    lambda: torch.nested.nested_tensor([IMAGE, IMAGE]), lambda: IMAGE.long(), lambda: IMAGE.to(torch.uint32)])
+def test_a_tensor_that_is_no_picture_is_said_to_be_none(make):
+    with pytest.raises(TypeError, match="expected") as caught:
+        load_picture(make())
+    assert len(str(caught.value)) < 300 and "\n" not in str(caught.value)
+
+
+def test_a_masked_array_is_its_numbers():
+    assert is_a_picture(load_picture(np.ma.masked_array(np.zeros((4, 5, 3)), mask=True)), 4, 5)
+
+
+@pytest.mark.parametrize("picture", [np.broadcast_to(np.uint8(0), (10**6, 10**6)), torch.zeros(1).expand(10**6, 10**6), np.broadcast_to(0.0, (10**6, 10**6, 3))])
+def test_an_array_that_would_fill_the_memory_is_refused_before_it_does(picture):
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=f"{MAX_PIXELS:,}"):
+        load_picture(picture)
+    assert tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("thing, words", [
+    (io.StringIO("text"), "damaged|not a picture"), ("a\0b", "none"), ("x" * 5000, "none"), ("/dev/null", "a device"), (Image.new("I", (2, 2), -5), "0 to 65535"),
+    (Image.fromarray(np.full((3, 3), np.nan, np.float32)), "picture: expected finite"), (Image.fromarray(np.full((3, 3), 7, np.float32)), "picture: expected")])
+def test_odd_things_get_a_clear_line(thing, words):
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        load_picture(thing)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ValueError, match="a device"):
+        load_picture(tmp_path / "pipe.png")
+
+
+def test_whatever_a_decoder_raises_is_a_damaged_picture(tmp_path, monkeypatch):
+    from PIL import ImageFile, ImageOps
+    (tmp_path / "a.png").write_bytes(file_of(Image.fromarray(colors())).getvalue())
+    for error in (ZeroDivisionError("division by zero"), TypeError("x" * 10**6), AttributeError("None"), RuntimeError("codec"), struct.error("unpack"), KeyError(3)):
+        for place, name in ((ImageFile.ImageFile, "load"), (ImageOps, "exif_transpose"), (Image, "open")):
+            with monkeypatch.context() as patch:
+                def fail(*_, **__):
+                    raise error
+                patch.setattr(place, name, fail)
+                with pytest.raises(ValueError, match="damaged") as caught:
+                    load_picture(tmp_path / "a.png")
+                assert len(str(caught.value)) < 300 + len(str(tmp_path))
+
+
+def test_odd_palettes_and_notes_make_no_noise():
+    odd = Image.new("P", (2, 1))
+    odd.putpalette([255, 0, 0, 0, 255, 0])
+    odd.info["transparency"] = b"\x80\x00"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert is_a_picture(load_picture(odd), 1, 2)
+
+
+def test_a_header_that_announces_gigabytes_gets_no_room_for_them(tmp_path):
+    box = struct.pack(">I4sI4s", 2**31 + 5, b"jp2h", 22, b"ihdr")
+    (tmp_path / "a.jp2").write_bytes(b"\0\0\0\x0cjP  \x0d\x0a\x87\x0a" + struct.pack(">I4s4sI", 16, b"ftyp", b"jp2 ", 0) + box + bytes(100))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="damaged"):
+        load_picture(tmp_path / "a.jp2")
+    assert tracemalloc.get_traced_memory()[1] < 1e7
+    tracemalloc.stop()

@@ -3,18 +3,26 @@
 import dataclasses
 import json
 import math
+import tempfile
+import tracemalloc
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_scene
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from torch.testing import assert_close
 
 from gs2d.gaussians import WEIGHT_EPS, PARAMETER_NAMES, Blend, Domain2D, Gaussians2D, conics, gaussian_weights
+from gs2d.ground_truth import GroundTruth
 from gs2d.io.files import atomic_write
 from gs2d.io.scenes import BLENDS, FORMATS, read_scene, record_of, write_scene
 from gs2d.renderer import render
+from gs2d.train import TrainConfig, train
 
 FLAT = {
     "x_dim": [-5, 5], "y_dim": [-3, 3], "res_x": 100, "res_y": 60, "N": 2, "dims": 2,
@@ -191,3 +199,142 @@ def test_the_suffix_may_be_in_capitals_and_a_missing_file_is_said(tmp_path):
 
 def test_the_names_of_the_blends_are_those_of_the_enum():
     assert BLENDS == tuple(blend.value for blend in Blend) and list(FORMATS) == [".json"]
+
+
+# ── what `save` writes, `load` reads ──────────────────────────────────────────
+
+def numbers(*shape, scale, special=()):
+    "Float32 arrays with numbers of every size up to `scale`, and with those that are special."
+    scale = float(np.float32(scale))
+    size = st.floats(-scale, scale, width=32) | st.sampled_from([np.float32(v) for v in (0.0, -0.0, scale, -scale, *special)])
+    return hnp.arrays(np.float32, shape, elements=size)
+
+
+@st.composite
+def anything(draw):
+    "A scene, and what may be said about the picture that it was fitted to."
+    n, channels = draw(st.integers(0, 4)), draw(st.integers(1, 8))
+    parameters = dict(
+        means=numbers(n, 2, scale=1e38), log_scales=numbers(n, 2, scale=87, special=(88, 88.7, -100, -700, -709, -740, -745, -800, 200, 709, 710)),
+        rotations=numbers(n, scale=1e38, special=(7,)), opacity_logits=numbers(n, scale=200, special=(16, 17.5, 23, -103, -104, 1e38)),
+        colors=numbers(n, channels, scale=1e38, special=(3.4028235e38, -1e-45)))
+    raw = {name: torch.from_numpy(draw(values)) for name, values in parameters.items()}
+    edge = st.floats(-1e308, 1e308)
+    domain = draw(st.sampled_from([Domain2D(), Domain2D.for_image(3, 1000)]) | st.builds(
+        lambda x, y: Domain2D(sorted(x), sorted(y)), *[st.tuples(edge, edge).filter(lambda v: v[0] != v[1] and abs(v[0] - v[1]) < 1e308)] * 2))
+    background = draw(st.none() | st.tuples(*[st.floats(-3.4e38, 3.4e38)] * channels))
+    size = st.none() | st.integers(-1, 10**6) | st.sampled_from([2**31 - 1, 2**31, 10**5000])
+    scene = Gaussians2D(**raw, domain=domain, blend=draw(st.sampled_from(Blend)), background=background)
+    return scene, draw(size), draw(size)
+
+
+@given(anything())
+@settings(max_examples=200)
+def test_what_save_writes_load_reads_and_the_rest_is_refused(made):
+    scene, height, width = made
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "s.json"
+        try:
+            scene.save(path, height, width)
+        except ValueError as error:
+            assert not list(Path(folder).iterdir()) and len(str(error)) < 300
+            tiny = scene.log_scales.double().exp()
+            refusable = any(side is not None and not 1 <= side < 2**31 for side in (height, width)) or not tiny.isfinite().all()
+            assert refusable or (tiny < 2.3e-308).any()
+            return
+        again, record = Gaussians2D.load(path), read_scene(path)
+    assert (record.height, record.width) == (height, width)
+    assert (again.domain, again.blend, again.background) == (scene.domain, scene.blend, scene.background)
+    for name in ("means", "scales", "rotations", "colors", "opacities"):
+        assert torch.equal(getattr(scene, name), getattr(again, name)), name
+    assert_close(again.log_scales, scene.log_scales, rtol=0, atol=1e-15)  # a logarithm of 1e-17 is a scale of 1
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 5])
+def test_a_fit_of_any_number_of_channels_is_saved_so_that_it_can_be_read(tmp_path, channels):
+    truth = GroundTruth(torch.rand(16, 20, channels), None, Domain2D.for_image(16, 20))
+    result = train(TrainConfig(5, n_iterations=2, device="cpu", init_level="content"), ground_truth=truth, progress=False)
+    again = Gaussians2D.load(result.scene.save(tmp_path / "s.json"))
+    assert again.colors.shape == (5, channels) and again.background == (0.0,) * channels
+
+
+@pytest.mark.parametrize("value", [1e39, -1e300])
+def test_numbers_that_only_sixty_four_bits_can_hold_are_not_written(tmp_path, value):
+    scene = make_scene(3).double()
+    for name in ("means", "colors", "rotations"):
+        spoiled = dataclasses.replace(record_of(scene), **{name: torch.full_like(getattr(scene, name), value)})
+        with pytest.raises(ValueError, match=f"{name}: expected finite"):
+            write_scene(spoiled, tmp_path / "s.json")
+    assert not list(tmp_path.iterdir())
+
+
+# ── what strangers write ──────────────────────────────────────────────────────
+
+TWO = {"opacities": [0.5, 0.5], "colors": [[1, 1, 1]] * 2}
+
+
+def text_of(**change):
+    return json.dumps({**FLAT, **change})
+
+
+@pytest.mark.parametrize("text, words", [
+    (text_of(colors={"a": 1}), "'colors'.*{'a': 1}"), (text_of(alphas={"a": 1}), "'alphas'"), (text_of(colors=[{}, {}]), "'colors'.*row 0"),
+    (text_of(**TWO, x_dim={"a": 1, "b": 2}), "x_dim"), (text_of(x_dim=["a", -5, 5]), "x_dim"), (text_of(x_dim=[10**400, 1]), "x_dim"),
+    (text_of(x_dim=[-1e308, 1e308]), "x_dim"), (text_of(x_dim=[True, 5]), "x_dim"), (text_of(x_dim=1), "x_dim"),
+    (text_of(thetas=[0, 10**400]), "'thetas'.*row 1"), (text_of(sigmas=[[1, 1], [10**400, 1]]), "'sigmas'.*row 1"), (text_of(centers=[[0, 0], [0, -(10**400)]]), "'centers'.*row 1"),
+    (text_of(**{**TWO, "colors": [[1, 1, 1], [1, 1e39, 1]]}), r"32 bits.*'colors'.*1e\+39.*row 1"), (text_of(alphas=[[1e39] * 3, [0] * 3]), "'alphas'.*row 0"),
+    (text_of(centers=[[0, 0], [3.5e38, 0]]), "'centers'.*row 1"), (text_of(thetas=["0.1", 0]), "'thetas'.*'0.1' in row 0"),
+    (text_of(thetas=[True, 0]), "'thetas'.*True in row 0"), (text_of(thetas=[None, 0]), "'thetas'.*row 0"), (text_of(thetas="ab"), "'thetas'.*'ab'"),
+    (text_of(thetas=[[0.1], [0]]), "'thetas'.*row 0"), (text_of(centers=[[[0, 1]], [[1, 1]]]), "'centers'"), (text_of(background=None), "'background'"),
+    (text_of(background={"r": 1}), "'background'"), (text_of(background=[1e39, 0, 0]), "'background'"), (text_of(N=10**9), "'centers'.*got 2 rows"),
+    (text_of(N=10**400), "'N'"), (text_of(N=2.0), "'N'"), (text_of(N=True), "'N'"), (text_of(version=[]), "version"), (text_of(version={"a": 1}), "version"),
+    (text_of(format=["gs2d-scene"]), "format"), (text_of(blend=[]), "blend"), (text_of(blend={"a": 1}), "blend"), (text_of(res_x=10**30), "res_x"),
+    (text_of(N=0, alphas=[], centers=[], sigmas=[], thetas=[], background=[]), "channel"), (text_of(alphas=[[], []]), "channel"),
+    (text_of(sigmas=[[1, 1], [1, 1e-310]]), "scales"), (text_of(alphas=[[1, 1, 1], [1, 1]]), "'alphas'.*row 1"), (text_of(opacities=7, colors=[[1]] * 2), "opacities"),
+    ('{"N": 1, "N": 2}', "'N' comes twice"), ("[" * 100_000, "JSON"), ('{"x_dim": ' + "[" * 100_000 + "]" * 100_000 + "}", "JSON"), ("1" * 5000, "JSON"),
+    ("NaN", "JSON object"), ("null", "JSON object"), ('"\\ud800"', "JSON object"), ('{"format": "\\ud800"}', "format"), ("{'N': 1}", "JSON")])
+def test_a_wrong_file_is_one_line_with_its_name(tmp_path, text, words):
+    path = tmp_path / "s.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=words) as caught:
+        read_scene(path)
+    message = str(caught.value)
+    assert message.startswith(str(path)) and "expected" in message and "\n" not in message and message.isprintable()
+    assert len(message) <= 300 + len(str(path))
+
+
+@pytest.mark.parametrize("value", ["x" * 10**6, ["x" * 10**6] * 3, [[0.5] * 10**5] * 3, {"k" * 10**6: 1}, {str(i): i for i in range(10**5)}, [[[[[[0]]]]]]])
+@pytest.mark.parametrize("key", [*FLAT, "blend", "background", "opacities", "colors", "format", "version"])
+def test_a_message_is_short_whatever_came(tmp_path, key, value):
+    path = tmp_path / "s.json"
+    path.write_text(text_of(**(TWO if key == "opacities" else {}) | {key: value}))
+    if key == "dims":
+        assert len(read_scene(path).means) == 2  # nobody asks
+        return
+    with pytest.raises(ValueError) as caught:
+        read_scene(path)
+    assert len(str(caught.value)) <= 300 + len(str(path)) and "\n" not in str(caught.value)
+
+
+def test_a_number_of_rows_that_is_a_lie_costs_no_memory(tmp_path):
+    path = tmp_path / "s.json"
+    path.write_text(text_of(N=10**9))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="got 2 rows"):
+        read_scene(path)
+    assert tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()
+
+
+def test_bytes_that_are_no_text_and_a_folder(tmp_path):
+    (tmp_path / "s.json").write_bytes(b'{"format": "\xff\xfe"}')
+    with pytest.raises(ValueError, match="as JSON"):
+        read_scene(tmp_path / "s.json")
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(ValueError, match="got a folder"):
+        read_scene(tmp_path / "folder.json")
+
+
+def test_a_typed_whole_number_may_be_large(tmp_path):
+    (tmp_path / "s.json").write_text(text_of(centers=[[10**30, 0], [0, 0]]))
+    assert Gaussians2D.load(tmp_path / "s.json").means[0, 0].item() == pytest.approx(1e30)

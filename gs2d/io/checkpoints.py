@@ -86,7 +86,8 @@ def read_checkpoint(
     try:
         tensors, about = _opened(data)
     except _DAMAGE as error:
-        raise ValueError(f"{path}: expected a checkpoint in the safetensors format, got {checks.line(error)}") from None
+        got = checks.line(error, 160)
+        raise ValueError(f"{path}: expected a checkpoint in the safetensors format, got {got}") from None
     try:
         return tensors, _verified(tensors, about)
     except ValueError as error:

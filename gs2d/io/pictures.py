@@ -11,8 +11,9 @@ import io
 import os
 import struct
 import warnings
+import zlib
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from natsort import natsorted
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from ..checks import whole
+from ..checks import line, shown, whole
 from .files import atomic_write
 
 # %% ../../nbs/workshop/pictures.ipynb #beat2-real
@@ -70,21 +71,43 @@ def png_beside(
     return buffer.getvalue()
 
 # %% ../../nbs/workshop/pictures.ipynb #beat3-real
-def _to_array(picture: np.ndarray) -> np.ndarray:
-    "(H, W, 1|3|4) float32 in [0, 1] from an array, or a clear error."
-    shape = picture.shape
-    if picture.size == 0 or len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] not in (1, 3, 4)):
+MAX_PIXELS = 178_956_970  # where Pillow itself refuses to open a file; as float32 RGB that many take 2 GB
+
+
+def _check_shape(shape: tuple[int, ...]) -> None:
+    "ValueError unless this is the shape of a picture, and not of one that would fill the memory."
+    if 0 in shape or len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] not in (1, 3, 4)):
         hint = "; pass one picture of the batch" if len(shape) == 4 else ""
         if len(shape) == 3 and shape[0] in (1, 3, 4):
             hint = "; channels come last: permute(1, 2, 0) turns (C, H, W) around"
-        raise ValueError(f"expected a picture of shape (H, W) or (H, W, 1|3|4) with a pixel, got {shape}{hint}")
-    picture = picture.reshape(*shape[:2], -1)
+        raise ValueError(f"expected a picture of shape (H, W) or (H, W, 1|3|4) with a pixel, got {shown(shape)}{hint}")
+    if shape[0] * shape[1] > MAX_PIXELS:
+        raise ValueError(f"expected 1 to {MAX_PIXELS:,} pixels, got {shape[0]}×{shape[1]}")
+
+
+def _from_tensor(picture: Tensor) -> np.ndarray:
+    "The array that a tensor holds, whatever its layout and wherever it lives."
+    try:
+        _check_shape(tuple(picture.shape))
+        picture = (picture.dequantize() if picture.is_quantized else picture.to_dense()).detach().cpu()
+        picture = picture.resolve_conj().resolve_neg()
+        return (picture.float() if picture.is_floating_point() else picture).numpy()
+    except (RuntimeError, TypeError) as error:  # one without values, or without a shape
+        raise TypeError(f"expected a tensor of numbers, got one that cannot be read ({line(error, 120)})") from None
+
+
+def _to_array(picture: np.ndarray) -> np.ndarray:
+    "(H, W, 1|3|4) float32 in [0, 1] from an array, or a clear error."
+    _check_shape(picture.shape)
+    picture = np.asarray(picture).reshape(*picture.shape[:2], -1)
     if picture.dtype == bool:
         return picture.astype(np.float32)
-    if picture.dtype in (np.uint8, np.uint16):
-        return picture.astype(np.float32) / np.float32(np.iinfo(picture.dtype).max)
+    if picture.dtype.kind == "u" and picture.dtype.itemsize <= 2:
+        levels = picture.astype(np.float32)
+        levels /= np.iinfo(picture.dtype).max
+        return levels
     if picture.dtype.kind != "f":
-        raise TypeError(f"expected uint8, uint16, bool, or numbers in [0, 1], got {picture.dtype}")
+        raise TypeError(f"expected uint8, uint16, bool, or numbers in [0, 1], got {shown(picture.dtype)}")
     bad = int((~np.isfinite(picture)).sum())
     if bad:
         raise ValueError(f"expected finite numbers in [0, 1], got {bad} that are NaN or infinite")
@@ -94,67 +117,105 @@ def _to_array(picture: np.ndarray) -> np.ndarray:
     return picture.astype(np.float32).clip(0, 1)
 
 # %% ../../nbs/workshop/pictures.ipynb #beat4-decode
-def _decode(image: Image.Image, what: str) -> np.ndarray:
-    "(H, W, 1|3|4) float32 in [0, 1] from a Pillow image of any mode, turned upright by its EXIF tag."
+def _decode(image: Image.Image) -> np.ndarray:
+    "The pixels of a Pillow image of any mode, turned upright by its EXIF tag, as something that `_to_array` takes."
+    image.load()
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # I;16, I;16B, …: 16 bits of grey; I: 32 bits that hold 16
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"{what}: expected grey from 0 to 65535, got {values.min()} to {values.max()}")
-        return _to_array(values.astype(np.uint16))
-    if image.mode == "F":
-        return _to_array(np.asarray(image))
+    if image.mode.startswith("I") or image.mode == "F":
+        return np.asarray(image)
     clear = image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
     clear = clear or (image.mode == "P" and image.palette is not None and image.palette.mode.endswith("A"))
     image = image.convert("LA") if image.mode == "La" else image
     mode = "RGBA" if clear else "L" if image.mode in ("1", "L") else "RGB"
-    return _to_array(np.asarray(image.convert(mode)))
+    return np.asarray(image.convert(mode))
+
+
+def _levels(values: np.ndarray) -> np.ndarray:
+    "16 bits of grey, which Pillow may hold in 32; anything else as it is."
+    if values.dtype.kind != "i":
+        return values
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"expected grey from 0 to 65535, got {values.min()} to {values.max()}")
+    return values.astype(np.uint16)
 
 # %% ../../nbs/workshop/pictures.ipynb #beat4-size
-MAX_PIXELS = 178_956_970  # where Pillow itself refuses to open a file; as float32 RGB that many take 2 GB
-
-
 def _check_size(image: Image.Image, what: str) -> None:
     "An error before a single pixel is decoded, if there are none or absurdly many."
     width, height = image.size
     if width < 1 or height < 1 or width * height > MAX_PIXELS:
         raise ValueError(f"{what}: expected 1 to {MAX_PIXELS:,} pixels, got {height}×{width}")
 
+
+def _check_file(path: Path) -> None:
+    "An error unless there is a file to read."
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"expected a picture file, got a path where there is none: {path}")
+    if not os.path.isfile(path):  # a pipe might never end
+        raise ValueError(f"expected a picture file, got {'a folder' if path.is_dir() else 'a device'}: {path}")
+
 # %% ../../nbs/workshop/pictures.ipynb #beat4-open
+# What Pillow raises about bytes that it cannot make sense of.
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError,
+           RuntimeError, AssertionError, struct.error, zlib.error)
+
+
+class _Bounded(io.BufferedReader):
+    "A file that makes no room for bytes that it does not have, however many a header announces."
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(0, os.fstat(self.fileno()).st_size - self.tell())
+        return super().read(left if size is None or size < 0 else min(size, left))
+
+
+def _opened(picture, what: str, stack: ExitStack) -> Image.Image:
+    "A Pillow image, its pixels not yet decoded; `stack` closes it."
+    if isinstance(picture, Image.Image):
+        return picture
+    try:
+        file = stack.enter_context(_Bounded(io.FileIO(picture))) if isinstance(picture, Path) else picture
+        return stack.enter_context(Image.open(file))
+    except UnidentifiedImageError:
+        raise ValueError(f"{what}: not a picture, or not in a format that Pillow reads") from None
+    except _DAMAGE as error:  # with a number it comes from the system, without from a decoder
+        system = getattr(error, "errno", None) is not None
+        expected = "a file that can be read" if system else "a whole picture, got a damaged one"
+        raise ValueError(f"{what}: expected {expected} ({line(error.strerror if system else error, 120)})") from None
+
+
+def _decoded(image: Image.Image, what: str) -> np.ndarray:
+    "Its pixels."
+    _check_size(image, what)
+    try:
+        return _decode(image)
+    except _DAMAGE as error:
+        raise ValueError(f"{what}: expected a whole picture, got a damaged one ({line(error, 120)})") from None
+
+
 def _read(picture) -> np.ndarray:
     "Decode a picture file (a path or an open one) or a Pillow image, every way it can fail turned into one clear line."
     what = str(picture) if isinstance(picture, Path) else "picture"
-    if isinstance(picture, Path) and not picture.exists():
-        raise FileNotFoundError(f"expected a picture file, got a path where there is none: {what}")
-    if isinstance(picture, Path) and picture.is_dir():
-        raise ValueError(f"expected a picture file, got a folder: {what}")
+    if isinstance(picture, Path):
+        _check_file(picture)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with nullcontext(picture) if isinstance(picture, Image.Image) else Image.open(picture) as image:
-                _check_size(image, what)
-                try:
-                    image.load()
-                except (OSError, SyntaxError, ValueError, EOFError, LookupError, struct.error) as error:
-                    raise ValueError(f"{what}: expected a whole picture, got a damaged one ({error})") from None
-                return _decode(image, what)
+        with warnings.catch_warnings(), ExitStack() as stack:
+            warnings.simplefilter("ignore")  # of large pictures, odd palettes, damaged notes about the camera
+            pixels = _decoded(_opened(picture, what, stack), what)
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{what}: expected 1 to {MAX_PIXELS:,} pixels, got more ({error})") from None
-    except UnidentifiedImageError:
-        raise ValueError(f"{what}: not a picture, or not in a format that Pillow reads") from None
-    except OSError as error:  # with a number it comes from the system, without from a decoder
-        expected = "a whole picture, got a damaged one" if error.errno is None else "a file that can be read"
-        raise ValueError(f"{what}: expected {expected} ({error.strerror or error})") from None
+        raise ValueError(f"{what}: expected 1 to {MAX_PIXELS:,} pixels, got more ({line(error, 120)})") from None
+    try:
+        return _to_array(_levels(pixels))
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
 
 # %% ../../nbs/workshop/pictures.ipynb #beat4-composite
 def picture_background(value) -> tuple[float, float, float]:
     "What lies behind a picture, as three floats in [0, 1], or a clear error."
     try:
         values = (0.0, 0.0, 0.0) if value is None else tuple(float(v) for v in value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         values = ()
     if isinstance(value, str) or len(values) != 3 or not all(0 <= v <= 1 for v in values):
-        raise ValueError(f"background: expected three numbers in [0, 1], got {value!r}")
+        raise ValueError(f"background: expected three numbers in [0, 1], got {shown(value)}")
     return values
 
 
@@ -163,7 +224,9 @@ def _composite(pixels: np.ndarray, background: tuple[float, float, float]) -> np
     if pixels.shape[2] < 4:
         return pixels
     color, alpha = pixels[..., :3], pixels[..., 3:]
-    return alpha * color + (1 - alpha) * np.asarray(background, np.float32)
+    found = alpha * color
+    found += (1 - alpha) * np.asarray(background, np.float32)
+    return found
 
 # %% ../../nbs/workshop/pictures.ipynb #beat4-shrink
 def _shrink(pixels: np.ndarray, max_side: int | None) -> np.ndarray:
@@ -194,15 +257,14 @@ def load_picture(
     elif isinstance(picture, Image.Image) or hasattr(picture, "read"):
         pixels = _read(picture)
     elif isinstance(picture, Tensor):
-        picture = picture.detach().cpu()
-        pixels = _to_array((picture.float() if picture.is_floating_point() else picture).numpy())
+        pixels = _to_array(_from_tensor(picture))
     elif isinstance(picture, np.ndarray):
         pixels = _to_array(picture)
     else:
         kind = type(picture).__name__
         raise TypeError(f"expected a path, an open file, a Pillow image, a numpy array or a torch tensor, got {kind}")
     pixels = _shrink(_composite(pixels, background), max_side)
-    return torch.from_numpy(np.array(np.broadcast_to(pixels, (*pixels.shape[:2], 3)), order="C"))
+    return torch.from_numpy(np.ascontiguousarray(pixels if pixels.shape[2] == 3 else pixels.repeat(3, 2)))
 
 # %% ../../nbs/workshop/pictures.ipynb #beat5-save
 def check_suffix(path: str | os.PathLike) -> str:

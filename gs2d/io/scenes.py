@@ -13,11 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..checks import background as checked_background
-from ..checks import interval, one_of, whole
+from ..checks import interval, line, one_of, shown, whole
 from .files import atomic_write
 
 # %% ../../nbs/workshop/scenes.ipynb #file-scene
@@ -41,27 +42,46 @@ class SceneRecord:
     width: int | None = None
 
 # %% ../../nbs/workshop/scenes.ipynb #record-check
+_LARGEST = torch.finfo(torch.float32).max
+_SMALLEST_SCALE, _LARGEST_SCALE = torch.finfo(torch.float64).tiny, torch.finfo(torch.float64).max
+_MAX_SIDE = 2**31 - 1  # pixels
+
+
+def _numbers(name: str, value) -> Tensor:
+    "A float64 tensor on the CPU, or an error with this name."
+    try:
+        tensor = torch.as_tensor(value).detach().cpu()
+    except (RuntimeError, OverflowError) as error:
+        raise TypeError(f"{name}: expected a tensor, got {shown(value)} ({line(error, 80)})") from None
+    if tensor.is_complex():
+        raise TypeError(f"{name}: expected real numbers, got {tensor.dtype}")
+    return tensor.double()
+
+
 def _checked(record: SceneRecord) -> SceneRecord:
     "The record with every field in its final type, or an error that names the field that does not fit."
     found = {field.name: getattr(record, field.name) for field in fields(record)}
     for name in ("means", "scales", "rotations", "opacities", "colors"):
-        tensor = torch.as_tensor(found[name]).detach().cpu().double()
+        tensor = _numbers(name, found[name])
         n = len(found["means"])
         shape = (n, 2) if name in ("means", "scales") else (n,) if name != "colors" else (n, *tensor.shape[1:2])
-        if tensor.shape != shape or (name == "colors" and tensor.ndim != 2):
+        if tensor.shape != shape or (name == "colors" and (tensor.ndim != 2 or tensor.shape[1] == 0)):
             expected = f"({n}, C)" if name == "colors" else shape
             raise ValueError(f"{name}: expected shape {expected}, got {tuple(tensor.shape)}")
-        if not tensor.isfinite().all():
-            raise ValueError(f"{name}: expected finite numbers, got {int((~tensor.isfinite()).sum())} that are not")
+        finite = tensor.isfinite() if name == "scales" else tensor.abs() <= _LARGEST
+        if not finite.all():
+            raise ValueError(f"{name}: expected finite numbers (in 32 bits), got {int((~finite).sum())} that are not")
         found[name] = tensor
     scales, opacities = found["scales"], found["opacities"]
-    if not (scales > 0).all():
-        raise ValueError(f"scales: expected positive numbers, got {scales.min().item():g}")
+    if not (scales >= _SMALLEST_SCALE).all():
+        least = f" of at least {_SMALLEST_SCALE:.2g}" if scales.min() > 0 else ""
+        raise ValueError(f"scales: expected positive numbers{least}, got {scales.min().item():g}")
     if not ((opacities >= 0) & (opacities <= 1)).all():
         low, high = opacities.aminmax()
         raise ValueError(f"opacities: expected numbers in [0, 1], got {low.item():g} to {high.item():g}")
     found |= {name: interval(name, found[name]) for name in ("x_dim", "y_dim")}
-    found |= {name: None if found[name] is None else whole(name, found[name]) for name in ("height", "width")}
+    for name in ("height", "width"):
+        found[name] = None if found[name] is None else whole(name, found[name], highest=_MAX_SIDE)
     found["blend"] = one_of("blend", found["blend"], BLENDS)
     found["background"] = checked_background(found["background"], found["colors"].shape[1])
     return SceneRecord(**found)
@@ -94,29 +114,43 @@ def _to_json(record: SceneRecord) -> bytes:
     return f"{{\n{lines}\n}}\n".encode()
 
 # %% ../../nbs/workshop/scenes.ipynb #file-array
-def _array(document: dict, key: str, shape: tuple[int, ...]) -> Tensor:
-    "One entry of a scene file as a float64 tensor of this shape with finite numbers, or a clear error."
+def _bad_row(rows: list, width: int) -> int | None:
+    "The first row that is not a list of so many numbers (a number, where `width` is 0); None if there is none."
+    for i, row in enumerate(rows):
+        values = row if width and type(row) is list else [row]
+        if len(values) != max(width, 1) or not all(type(value) in (int, float) for value in values):
+            return i
+    return None
+
+
+def _array(document: dict, key: str, n: int, width: int = 0, largest: float = _LARGEST) -> Tensor:
+    "One list of a scene file as a float64 tensor of shape (n, width), or (n,), with finite numbers, or a clear error."
+    rows, shape = document[key], (n, width) if width else (n,)
+    if type(rows) is not list or len(rows) != n:
+        got = f"{len(rows)} rows" if type(rows) is list else shown(rows)
+        raise ValueError(f"expected {key!r} of shape {shape}, got {got}")
+    row = _bad_row(rows, width)
+    if row is not None:
+        expected = f"{width} numbers" if width > 1 else "a number" if width == 0 else "a list of one number"
+        got = f"{shown(rows[row])} in row {row}"
+        raise ValueError(f"expected {key!r} of shape {shape}, {expected} in each row, got {got}")
     try:
-        tensor = torch.tensor(document[key], dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError):
-        got = "rows of different lengths or something else"
-        raise ValueError(f"expected {key!r} as numbers of shape {shape}, got {got}") from None
-    if 0 in shape and tensor.numel() == 0:
-        return tensor.reshape(shape)
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"expected {key!r} of shape {shape}, got {tuple(tensor.shape)}")
-    if not tensor.isfinite().all():
-        row = int((~tensor.isfinite()).reshape(shape[0], -1).any(1).nonzero()[0])
-        raise ValueError(f"expected finite numbers in {key!r}, got {document[key][row]} in row {row}")
-    return tensor
+        values = np.array(rows, np.float64).reshape(shape)
+        finite = np.abs(values) <= largest
+    except OverflowError:  # a whole number of hundreds of digits
+        finite = np.array([all(abs(v) <= largest for v in (row if width else [row])) for row in rows])
+    if not finite.all():
+        row = int(np.flatnonzero(~finite.reshape(n, -1).all(1))[0])
+        raise ValueError(f"expected finite numbers (in 32 bits) in {key!r}, got {shown(rows[row])} in row {row}")
+    return torch.from_numpy(values)
 
 # %% ../../nbs/workshop/scenes.ipynb #file-whole
 def _whole(document: dict, key: str, lowest: int) -> int | None:
     "A whole number of a scene file, or None where it is absent or null."
     value = document.get(key)
-    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= lowest):
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and lowest <= value <= _MAX_SIDE):
         return value
-    raise ValueError(f"expected a whole number of at least {lowest} for {key!r}, got {value!r}")
+    raise ValueError(f"expected a whole number of at least {lowest} for {key!r}, got {shown(value)}")
 
 # %% ../../nbs/workshop/scenes.ipynb #file-version-1
 def _from_version_1(record: SceneRecord) -> SceneRecord:
@@ -126,41 +160,61 @@ def _from_version_1(record: SceneRecord) -> SceneRecord:
     return replace(record, opacities=record.opacities / 3)
 
 # %% ../../nbs/workshop/scenes.ipynb #file-parse
-def _parse_scene(document: dict) -> SceneRecord:
-    "The scene in a JSON document; the flat keys suffice."
+_REQUIRED = ("x_dim", "y_dim", "N", "alphas", "centers", "sigmas", "thetas")
+
+
+def _check_header(document) -> None:
+    "ValueError unless this is a scene of a version that can be read, with all that it needs."
     if not isinstance(document, dict):
         raise ValueError(f"expected a JSON object, got a {type(document).__name__}")
     kind, version = document.get("format", "gs2d-scene"), document.get("version", _VERSION)
     if kind != "gs2d-scene" or version not in (1, _VERSION):
-        raise ValueError(f"expected format 'gs2d-scene' version 1 or {_VERSION}, got {kind!r} version {version!r}")
-    required = ("x_dim", "y_dim", "N", "alphas", "centers", "sigmas", "thetas")
-    if missing := [key for key in required if document.get(key) is None]:
-        raise ValueError(f"expected the keys {', '.join(required)}; missing: {', '.join(missing)}")
+        got = f"{shown(kind)} version {shown(version)}"
+        raise ValueError(f"expected format 'gs2d-scene' version 1 or {_VERSION}, got {got}")
+    if missing := [key for key in _REQUIRED if document.get(key) is None]:
+        raise ValueError(f"expected the keys {', '.join(_REQUIRED)}; missing: {', '.join(missing)}")
+
+
+def _parse_scene(document) -> SceneRecord:
+    "The scene in a JSON document; the flat keys suffice."
+    _check_header(document)
     flat, n = "colors" not in document, _whole(document, "N", 0)
     ink = "alphas" if flat else "colors"
-    channels = len(document[ink][0]) if n and document[ink] and isinstance(document[ink][0], list) else 3
-    if n == 0 and isinstance(document.get("background"), list):
-        channels = len(document["background"])
+    means, scales = _array(document, "centers", n, 2), _array(document, "sigmas", n, 2, _LARGEST_SCALE)
     blend = document.get("blend", "additive" if flat else "weighted")
     if blend not in BLENDS:
-        raise ValueError(f"expected 'weighted', 'additive' or 'over' for 'blend', got {blend!r}")
+        raise ValueError(f"expected 'weighted', 'additive' or 'over' for 'blend', got {shown(blend)}")
+    says = document[ink] if n else [document.get("background")]  # a scene of no Gaussians has channels too
+    channels = len(says[0]) if type(says) is list and says and type(says[0]) is list else 3
     document = {"background": [0.0] * channels, "opacities": [1.0] * n, **document}
     if flat:
         document["opacities"] = [1.0] * n
+    if channels == 0:
+        raise ValueError(f"expected at least one channel in {ink!r}, got none")
+    background = tuple(_array(document, "background", channels).tolist())
     record = _checked(SceneRecord(
-        _array(document, "centers", (n, 2)), _array(document, "sigmas", (n, 2)), _array(document, "thetas", (n,)),
-        _array(document, "opacities", (n,)), _array(document, ink, (n, channels)), document["x_dim"], document["y_dim"],
-        blend, tuple(_array(document, "background", (channels,)).tolist()),
+        means, scales, _array(document, "thetas", n), _array(document, "opacities", n),
+        _array(document, ink, n, channels), document["x_dim"], document["y_dim"], blend, background,
         _whole(document, "res_y", 1), _whole(document, "res_x", 1)))
-    return _from_version_1(record) if version == 1 and blend == "weighted" else record
+    return _from_version_1(record) if document.get("version") == 1 and blend == "weighted" else record
 
 # %% ../../nbs/workshop/scenes.ipynb #file-from-json
+def _each_once(pairs: list[tuple]) -> dict:
+    "A JSON object in which no key comes twice."
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"the key {shown(twice)} comes twice")
+    return found
+
+
 def _from_json(data: bytes) -> SceneRecord:
     "The record in the bytes of scene JSON."
     try:
-        document = json.loads(data)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"expected a scene as JSON, got something else ({error})") from None
+        document = json.loads(data, object_pairs_hook=_each_once)
+    except (ValueError, RecursionError) as error:  # JSON, UTF-8, or the depth at which Python gives up
+        raise ValueError(f"expected a scene as JSON, got something else ({line(error, 120)})") from None
     return _parse_scene(document)
 
 # %% ../../nbs/workshop/scenes.ipynb #file-formats
@@ -199,7 +253,10 @@ def read_scene(
     additive scene with opacity 1. Raises FileNotFoundError, or ValueError saying what was expected and what came.
     """
     from_bytes, _ = _format(path)
+    if Path(path).is_dir():
+        raise ValueError(f"{path}: expected a scene file, got a folder")
+    data = Path(path).read_bytes()
     try:
-        return from_bytes(Path(path).read_bytes())
+        return from_bytes(data)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: {line(error)}") from None
