@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .checks import background as checked_background
 from .checks import image_size, one_of
-from .gaussians import MAX_ALPHA, WEIGHT_EPS, Blend, Gaussians2D, conics, gaussian_weights
+from .gaussians import LARGEST, MAX_ALPHA, WEIGHT_EPS, Blend, Gaussians2D, conics, gaussian_weights
 from .kernels import operators
 
 # %% ../nbs/01_renderer.ipynb #pixel-real
@@ -106,8 +106,16 @@ class _InChunks(torch.autograd.Function):
         return None, None, None, *(leaf.grad for leaf in leaves)
 
 # %% ../nbs/01_renderer.ipynb #reference
+def _drawable(screen: ScreenGaussians) -> Tensor:
+    "(N,) bool: every number is finite, and mean and conic are small enough for float32 to multiply them."
+    geometry = torch.cat([screen.means, screen.conics], -1).abs() <= LARGEST
+    return geometry.all(-1) & screen.opacities.isfinite() & screen.colors.isfinite().all(-1)
+
+
 def _reference(screen: ScreenGaussians, height: int, width: int, blend: Blend, background: Tensor) -> Tensor:
     "Every Gaussian at every pixel, in chunks: readable, exact and slow."
+    drawn = _drawable(screen)
+    screen = ScreenGaussians(*(torch.where(drawn[(..., *[None] * (x.ndim - 1))], x, 0.0) for x in screen))
     points = pixel_centers(height, width, screen.means.dtype, screen.means.device).reshape(-1, 2)
 
     def shade(part, *inputs):
