@@ -287,11 +287,11 @@ def draw_outlines(
 # %% ../nbs/00_gaussians.ipynb #thumbnail-values
 def _preview(scene: Gaussians2D, rows: int, columns: int) -> Tensor:
     "(rows, columns, 3) the scene as it is meant to look, by 256 Gaussians at a time to bound the memory."
-    domain, background = scene.domain, rgb(torch.tensor(scene.background))
-    x = domain.x_dim[0] + (torch.arange(columns) + 0.5) / columns * domain.width
-    y = domain.y_dim[1] - (torch.arange(rows) + 0.5) / rows * domain.height
+    domain, background = scene.domain, rgb(torch.tensor(scene.background, dtype=torch.float32))
+    x = domain.x_dim[0] + (torch.arange(columns, dtype=torch.float32) + 0.5) / columns * domain.width
+    y = domain.y_dim[1] - (torch.arange(rows, dtype=torch.float32) + 0.5) / rows * domain.height
     points = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).reshape(-1, 2)
-    ink, total, through = torch.zeros(len(points), 3), torch.zeros(len(points), 1), torch.ones(len(points), 1)
+    ink, total, through = (points.new_full((len(points), k), value) for k, value in ((3, 0), (1, 0), (1, 1)))
     for part in torch.arange(len(scene)).split(256):
         shapes = conics(scene.scales[part], scene.rotations[part])
         weights = gaussian_weights(scene.means[part], shapes, points, Blend(scene.blend).floor)
