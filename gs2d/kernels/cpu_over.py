@@ -10,10 +10,10 @@ __all__ = ['over', 'over_backward']
 # Conventions are those of gs2d.kernels.cpu_raster. The readable form is in gs2d.renderer.
 import numpy as np
 
-from .cpu_raster import BAND, COUNT, HALF, bin_rows, collect, fields, strip_rows, write_gradients
+from .cpu_raster import BAND, COUNT, HALF, bin_rows, fields, strip_rows, write_gradients
 from .threads import compiled, even_cuts, fair_cuts, inlined, run
 from gs2d.kernels.vectors import (
-    LANES, PADDING, falloff, fill, fma, load, ramp, read_pixels, row_length, store, where_le, write_pixels,
+    LANES, PADDING, SUMS, add_totals, falloff, fill, fma, load, ramp, read_pixels, row_length, store, where_le, write_pixels,
 )
 from ..gaussians import MAX_ALPHA
 
@@ -103,7 +103,7 @@ def _begin_replay(top, end, planes, length, background, grad, height, width, sta
 @compiled
 def _over_backward(start, stop, first, entries, slots, packed, rows, background, grad, state, height, width, partial):
     "Replay bands start…stop back to front; every entry of a band writes its nine sums into its own row of `partial`."
-    length, zero, sums = row_length(width), fill(0.0), np.empty(9, np.float64)
+    length, zero, sums = row_length(width), fill(0.0), np.empty(SUMS, np.float64)
     planes = np.zeros(BAND * 6 * length, np.float32)
     for band in range(start, stop):
         top, end = band * BAND, min(height, (band + 1) * BAND)
@@ -140,11 +140,13 @@ def _over_backward(start, stop, first, entries, slots, packed, rows, background,
                 s, sx, sy, sxx, sxy = s + column, sx + hx, sy + column_y, fma(hx, dx, sxx), fma(column_y, dx, sxy)
                 count += max(0, y1 - y0)
                 if count >= COUNT:
-                    collect(sums, s, sx, sy, sxx, sxy, syy, reds, greens, blues)
+                    add_totals(sums, (s, sx, sy, sxx, sxy, syy, reds, greens, blues))
                     reds, greens, blues, s, sx, sy, sxx, sxy, syy = zero, zero, zero, zero, zero, zero, zero, zero, zero
                     count = 0
-            collect(sums, s, sx, sy, sxx, sxy, syy, reds, greens, blues)
-            partial[slots[i] + band - rows[i].top // BAND] = sums
+            add_totals(sums, (s, sx, sy, sxx, sxy, syy, reds, greens, blues))
+            at = slots[i] + band - rows[i].top // BAND
+            for k in range(9):
+                partial[at, k] = sums[k]
 
 # %% ../../nbs/workshop/cpu_over.ipynb #over-gather
 @compiled
