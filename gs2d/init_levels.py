@@ -66,7 +66,7 @@ def _fresh(ground_truth: GroundTruth, means: Tensor, generator: torch.Generator)
     rotations = math.pi * (torch.rand(n, generator=generator, dtype=torch.float32) - 0.5)
     colors = 0.5 + _normal((n, ground_truth.image.shape[-1]), 0.1, generator)
     return Gaussians2D.from_values(
-        means, scales, rotations, torch.full((n,), START_OPACITY), _inks(colors, ground_truth), domain)
+        means, scales, rotations, torch.full((n,), START_OPACITY, dtype=torch.float32), _inks(colors, ground_truth), domain)
 
 # %% ../nbs/03_init_levels.ipynb #beat3-real
 def _noisy(truth: Gaussians2D, generator: torch.Generator) -> Gaussians2D:
@@ -143,7 +143,7 @@ def _from_content(ground_truth: GroundTruth, n: int, generator: torch.Generator)
     scales = torch.stack([size * stretch, size / stretch], -1)
     colors = _inks(image[rows, columns].float(), ground_truth)
     order = size.argsort(stable=True) if ground_truth.blend == Blend.OVER else torch.arange(n)
-    values = (means, scales, rotations, torch.full((n,), START_OPACITY), colors)
+    values = (means, scales, rotations, torch.full((n,), START_OPACITY, dtype=torch.float32), colors)
     return Gaussians2D.from_values(*(value[order] for value in values), domain)
 
 # %% ../nbs/03_init_levels.ipynb #beat5-number
