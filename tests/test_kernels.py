@@ -773,6 +773,136 @@ def test_an_edit_of_what_is_built_into_a_kernel_compiles_it_anew(tmp_path):
     assert run_python(code, tmp_path, **environment).stdout == "0.0\n"
 
 
+DAMAGE = """
+    import os, sys
+    from pathlib import Path
+    import numpy as np
+    import small
+    from gs2d.kernels.threads import compiled
+
+    def result():
+        "As a new process would compute it, and whether the machine code came from the disk."
+        work = compiled(small.work)
+        value = work(np.arange(5.0))
+        return value, sum(work.stats.cache_hits.values())
+
+    def damages(good):
+        yield b""
+        for length in (1, 31, 32, 33, 100, len(good) // 2, len(good) - 1):
+            yield good[:length]
+        for place in range(0, len(good), max(1, len(good) // 25)):
+            yield good[:place] + bytes([good[place] ^ 0x10]) + good[place + 1 :]
+        yield bytes(len(good))
+        yield b"gs2d" * 100
+
+    assert result() == (30.0, 0) and result() == (30.0, 1)
+    files, tried = [path for path in Path(os.environ["NUMBA_CACHE_DIR"]).rglob("*") if path.is_file()], 0
+    assert files
+    for path in files:
+        good = path.read_bytes()
+        for damaged in damages(good):
+            path.write_bytes(damaged)
+            assert result() == (30.0, 0), damaged[:40]  # compiled anew
+            assert result() == (30.0, 1)  # and kept
+            tried += 1
+    print(tried)
+"""
+
+
+def test_damaged_machine_code_is_compiled_anew(tmp_path):
+    (tmp_path / "small.py").write_text("def work(x):\n    return (x * x).sum()\n", encoding="utf-8")
+    environment = {"NUMBA_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": f"{PACKAGE.parent}{os.pathsep}{tmp_path}"}
+    assert int(run_python(DAMAGE, tmp_path, **environment).stdout) > 30
+
+
+ONE_KERNEL = """
+    {before}
+    import torch
+    from gs2d import loss
+    from gs2d.kernels import cpu_loss
+    {between}
+    print(loss.l2_loss(torch.ones(1, 32, 1), torch.zeros(1, 32, 1)).item())
+"""
+IN_THE_WAY = """import os, shutil
+    folder = os.environ["NUMBA_CACHE_DIR"]
+    shutil.rmtree(folder)
+    {then}"""
+
+
+@pytest.mark.parametrize("before, between, told", [
+    ("import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))", "", 1),  # as on a full disk: the write fails
+    ("", IN_THE_WAY.format(then=""), 0),  # the folder is gone: it is made again
+    ("", IN_THE_WAY.format(then='open(folder, "w").close()'), 1),  # nobody can make it, not even root
+], ids=["full", "deleted", "in the way"])
+def test_a_cache_that_cannot_be_written_costs_time_and_one_line(tmp_path, before, between, told):
+    pytest.importorskip("resource")
+    done = run_python(ONE_KERNEL.format(before=before, between=between), tmp_path, NUMBA_CACHE_DIR=str(tmp_path / "cache"))
+    assert done.stdout == "1.0\n"
+    assert done.stderr.count("gs2d: cannot keep the compiled kernels in") == told
+    assert done.stderr.count("\n") == 1 + told  # that it compiles, and why it will again
+    assert not [path for path in tmp_path.rglob("*.sealed*") if path.stat().st_size <= 1000]
+
+
+def test_processes_that_compile_at_once_leave_whole_files(tmp_path):
+    code = textwrap.dedent(ONE_KERNEL.format(before="", between=""))
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    together = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment) for _ in range(3)]
+    assert [process.communicate(timeout=120)[0] for process in together] == [b"1.0\n"] * 3
+    files = [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert files and all(name.endswith(".sealed") for name in files)
+    assert run_python(code, tmp_path, NUMBA_CACHE_DIR=str(tmp_path / "cache")).stderr == ""  # nothing is compiled
+
+
+def test_without_a_compiler_the_reference_serves_with_one_warning():
+    done = run_python("""
+        import warnings
+        import numpy as np
+        import gs2d
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            result = gs2d.fit_image(np.zeros((12, 16, 3), np.uint8), n_gaussians=5, steps=3, progress=False)
+        assert result.image.shape == (12, 16, 3)
+        assert [str(w.message) for w in caught if "NUMBA_DISABLE_JIT" in str(w.message)] == [str(w.message) for w in caught] and len(caught) == 1
+    """, NUMBA_DISABLE_JIT="1")
+    assert done.stderr == ""
+
+
+def test_the_default_dtype_changes_no_number(tmp_path):
+    "Scenes are float32 whatever PyTorch's default is, and random numbers are drawn as float32."
+    run_python("""
+        import numpy as np, torch, gs2d
+        from gs2d.densify import DensifyConfig
+        from gs2d.init_levels import InitLevel, initialize_scene
+        from gs2d.train import TrainConfig, train
+
+        picture = np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+
+        def numbers(scene):
+            assert all(p.dtype == torch.float32 for p in scene.parameters())
+            return [p.detach().numpy().tobytes() for p in scene.parameters()] + [scene._repr_png_()]
+
+        def everything():
+            for blend in gs2d.Blend:
+                truth = gs2d.GroundTruth.random(6, 20, 24, seed=1, blend=blend)
+                yield numbers(truth.scene), truth.image.numpy().tobytes()
+                for level in InitLevel:
+                    yield numbers(initialize_scene(truth, level, 6, seed=2))
+                image = truth.image.flip(0).requires_grad_()
+                value = gs2d.ssim(image, truth.image)
+                yield value.item(), torch.autograd.grad(value, image)[0].numpy().tobytes(), gs2d.psnr(image, truth.image).item()
+                truth.scene.save("scene.json")
+                yield numbers(gs2d.load("scene.json"))
+                fit = gs2d.fit_image(picture, n_gaussians=12, steps=12, seed=1, blend=blend, progress=False)
+                yield numbers(fit.scene), fit.psnr, fit.ssim, fit.image.numpy().tobytes()
+            numbers(train(TrainConfig(n_gaussians=9, height=20, width=24, n_iterations=20, densify=DensifyConfig(every_n_steps=5)), progress=False).scene)
+
+        before = list(everything())
+        torch.set_default_dtype(torch.float64)
+        after = list(everything())
+        assert before == after, [k for k, (a, b) in enumerate(zip(before, after)) if a != b]
+    """, tmp_path)
+
+
 def test_without_numba_the_reference_serves_with_one_warning():
     done = run_python("""
         import sys, warnings
