@@ -127,7 +127,7 @@ def one(rng: np.random.Generator) -> None:
                 setattr(made, name, leaf)
             return render(made, height, width, backend=backend)
 
-        needles = (raw[1][:, 0] - raw[1][:, 1]).abs() > np.log(300)
+        needles = (raw[1][:, 0] - raw[1][:, 1]).abs() > np.log(50)
         compare([t.requires_grad_() for t in raw], draw, gone, background, f"scene {height}×{width} {blend.value}", needles)
 
 
