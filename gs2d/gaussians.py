@@ -181,12 +181,12 @@ class Gaussians2D(nn.Module):
     @property
     def scales(self) -> Tensor:
         "(N, 2) standard deviations along each Gaussian's own axes, domain units: exp(log_scales)."
-        return self.log_scales.exp()
+        return self.log_scales.clamp(max=88).exp()  # exp(88) is finite, and what is beyond gets no gradient
 
     @property
     def opacities(self) -> Tensor:
         "(N,) opacities in [0, 1]: sigmoid(opacity_logits)."
-        return self.opacity_logits.sigmoid()
+        return self.opacity_logits.nan_to_num(-torch.inf, torch.inf, -torch.inf).sigmoid()  # NaN is transparent
 
     @property
     def device(self) -> torch.device:

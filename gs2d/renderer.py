@@ -41,13 +41,11 @@ class ScreenGaussians(NamedTuple):
     colors: Tensor  # (N, C)
 
 # %% ../nbs/01_renderer.ipynb #project-possible
-def _possible(scene: Gaussians2D) -> tuple[Tensor, Tensor, Tensor]:
-    "Scales, rotations and opacities; NaN as scales, and no gradient, where the conic would not be finite."
-    possible = scene.log_scales == scene.log_scales.clamp(-43, 88)  # exp(-43)⁻² and exp(88) are just below overflow
-    possible = possible.all(-1) & scene.rotations.isfinite()
-    log_scales = torch.where(possible[:, None], scene.log_scales, torch.nan)
-    logits = scene.opacity_logits.nan_to_num(-torch.inf, torch.inf, -torch.inf)  # NaN: transparent
-    return log_scales.exp(), torch.where(possible, scene.rotations, 0.0), logits.sigmoid()
+def _possible(scene: Gaussians2D) -> tuple[Tensor, Tensor]:
+    "Scales and rotations; NaN as scales, and no gradient, where 1 / scale² or the angle would not be finite."
+    possible = ((scene.scales > 1e-19) & (scene.scales < 1e38)).all(-1) & scene.rotations.isfinite()
+    scales = torch.where(possible[:, None], scene.scales, torch.nan)
+    return scales, torch.where(possible, scene.rotations, 0.0)
 
 # %% ../nbs/01_renderer.ipynb #project-real
 def project(
@@ -59,11 +57,10 @@ def project(
     height, width = image_size(height, width)
     sx, sy = width / scene.domain.width, height / scene.domain.height
     x, y = scene.means.unbind(-1)
-    scales, rotations, opacities = _possible(scene)
-    a, b, c = conics(scales, rotations).unbind(-1)
+    a, b, c = conics(*_possible(scene)).unbind(-1)
     means = torch.stack([(x - scene.domain.x_dim[0]) * sx, (scene.domain.y_dim[1] - y) * sy], -1)
     shapes = torch.stack([a / sx**2, -b / (sx * sy), c / sy**2], -1)
-    return ScreenGaussians(means, shapes, opacities, scene.colors)
+    return ScreenGaussians(means, shapes, scene.opacities, scene.colors)
 
 # %% ../nbs/01_renderer.ipynb #blend-real
 def _blend_weighted(alphas, colors, background):
