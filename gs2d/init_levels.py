@@ -38,7 +38,8 @@ GRADIENT_SHARE = 0.7  # how much of CONTENT follows the picture's gradient (as i
 # %% ../nbs/03_init_levels.ipynb #beat1-positions
 def _uniform_positions(n: int, domain: Domain2D, generator: torch.Generator) -> Tensor:
     "(N, 2) points anywhere in the domain, each place as likely as any other."
-    low, size = torch.tensor([[domain.x_dim[0], domain.y_dim[0]], [domain.width, domain.height]], dtype=torch.float32)
+    corner, extent = [domain.x_dim[0], domain.y_dim[0]], [domain.width, domain.height]
+    low, size = torch.tensor([corner, extent], dtype=torch.float32)
     return low + torch.rand(n, 2, generator=generator, dtype=torch.float32) * size
 
 
@@ -65,8 +66,8 @@ def _fresh(ground_truth: GroundTruth, means: Tensor, generator: torch.Generator)
     scales = size * _normal((n, 2), 0.15, generator).exp()
     rotations = math.pi * (torch.rand(n, generator=generator, dtype=torch.float32) - 0.5)
     colors = 0.5 + _normal((n, ground_truth.image.shape[-1]), 0.1, generator)
-    return Gaussians2D.from_values(
-        means, scales, rotations, torch.full((n,), START_OPACITY, dtype=torch.float32), _inks(colors, ground_truth), domain)
+    opacities = torch.full((n,), START_OPACITY, dtype=torch.float32)
+    return Gaussians2D.from_values(means, scales, rotations, opacities, _inks(colors, ground_truth), domain)
 
 # %% ../nbs/03_init_levels.ipynb #beat3-real
 def _noisy(truth: Gaussians2D, generator: torch.Generator) -> Gaussians2D:

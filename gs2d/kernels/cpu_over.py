@@ -13,7 +13,8 @@ import numpy as np
 from .cpu_raster import BAND, COUNT, HALF, bin_rows, fields, strip_rows, write_gradients
 from .threads import compiled, even_cuts, fair_cuts, inlined, run
 from gs2d.kernels.vectors import (
-    LANES, PADDING, SUMS, add_totals, falloff, fill, fma, load, ramp, read_pixels, row_length, store, where_le, write_pixels,
+    LANES, PADDING, SUMS, add_totals, falloff, fill, fma, load, ramp, read_pixels, row_length, store, where_le,
+    write_pixels,
 )
 from ..gaussians import MAX_ALPHA
 

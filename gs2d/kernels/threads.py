@@ -54,7 +54,8 @@ class _Shelf:
         "The file of a signature on a kind of machine, and a checksum that its content is still to be added to."
         identity = repr((numba.__version__, key)).encode()
         name = hashlib.blake2b(identity, digest_size=8).hexdigest()
-        return self.folder / f"{self.name}.{name}.sealed", hashlib.blake2b(f"{_SOURCES}".encode() + identity, digest_size=32)
+        seal = hashlib.blake2b(f"{_SOURCES}".encode() + identity, digest_size=32)
+        return self.folder / f"{self.name}.{name}.sealed", seal
 
     def load(self, key):
         "What was kept, or None."
@@ -106,8 +107,9 @@ class _Cache(FunctionCache):
         except OSError as error:
             if not _Cache.told:
                 _Cache.told = True
-                print(f"gs2d: cannot keep the compiled kernels in {self.cache_path} ({error.strerror or error}), so the "
-                      "next process compiles them again", file=sys.stderr, flush=True)
+                why = error.strerror or error
+                print(f"gs2d: cannot keep the compiled kernels in {self.cache_path} ({why}), so the next process "
+                      "compiles them again", file=sys.stderr, flush=True)
 
 # %% ../../nbs/workshop/threads.ipynb #exp
 def compiled(

@@ -156,7 +156,7 @@ def total(typingctx, value):
 
 # %% ../../nbs/13_vectors.ipynb #select-totals
 def _pairwise(builder, vectors):
-    "One vector with the sum of vectors[k] in lane k, for LANES vectors: they are merged two by two, and halve each time."
+    "One vector with the sum of vectors[k] in lane k, for LANES vectors: two by two, they are merged to half as many."
     block = LANES
     while len(vectors) > 1:
         half, merged = block // 2, []
