@@ -41,11 +41,12 @@ class ScreenGaussians(NamedTuple):
     colors: Tensor  # (N, C)
 
 # %% ../nbs/01_renderer.ipynb #project-possible
-def _possible(scene: Gaussians2D) -> tuple[Tensor, Tensor]:
-    "Scales and rotations; NaN as scales, and no gradient, where 1 / scale² or the angle would not be finite."
-    possible = ((scene.scales > 1e-19) & (scene.scales < 1e38)).all(-1) & scene.rotations.isfinite()
-    scales = torch.where(possible[:, None], scene.scales, torch.nan)
-    return scales, torch.where(possible, scene.rotations, 0.0)
+def _without_nan(tensor: Tensor) -> Tensor:
+    "The same numbers; where the gradient is NaN on its way back, it goes on as 0."
+    tensor = tensor.view_as(tensor)  # the hook belongs to this use of the parameter
+    if tensor.requires_grad:
+        tensor.register_hook(lambda grad: grad if grad is None else grad.nan_to_num(0.0, torch.inf, -torch.inf))
+    return tensor
 
 # %% ../nbs/01_renderer.ipynb #project-real
 def project(
@@ -57,7 +58,9 @@ def project(
     height, width = image_size(height, width)
     sx, sy = width / scene.domain.width, height / scene.domain.height
     x, y = scene.means.unbind(-1)
-    a, b, c = conics(*_possible(scene)).unbind(-1)
+    scales = scene.scales
+    scales = torch.where(scales < 1e38, scales, torch.nan)  # an endless one is not drawn either
+    a, b, c = conics(_without_nan(scales), _without_nan(scene.rotations)).unbind(-1)
     means = torch.stack([(x - scene.domain.x_dim[0]) * sx, (scene.domain.y_dim[1] - y) * sy], -1)
     shapes = torch.stack([a / sx**2, -b / (sx * sy), c / sy**2], -1)
     return ScreenGaussians(means, shapes, scene.opacities, scene.colors)
