@@ -276,7 +276,7 @@ def _sample_error(
     means = torch.stack([domain.x_dim[0] + x * domain.width, domain.y_dim[1] - y * domain.height], -1).float()
     rows = dict(
         means=means,
-        log_scales=torch.full((n, 2), math.log(std)),
+        log_scales=torch.full((n, 2), math.log(std), dtype=torch.float64),
         rotations=torch.zeros(n),
         opacity_logits=torch.zeros(n),  # opacity ½: adds half the residual, or goes half-way to the target's colour
         colors=ink.reshape(-1, channels)[pixels],

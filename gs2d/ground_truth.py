@@ -26,7 +26,7 @@ def _spread_positions(n: int, domain: Domain2D, generator: torch.Generator) -> T
     columns = min(n, max(1, math.ceil(math.sqrt(n * domain.width / domain.height))))
     rows = math.ceil(n / columns)
     cells = torch.randperm(rows * columns, generator=generator)[:n]
-    jitter = 0.1 + 0.8 * torch.rand(n, 2, generator=generator)
+    jitter = 0.1 + 0.8 * torch.rand(n, 2, generator=generator, dtype=torch.float32)
     x = domain.x_dim[0] + (cells % columns + jitter[:, 0]) / columns * domain.width
     y = domain.y_dim[0] + (cells // columns + jitter[:, 1]) / rows * domain.height
     return torch.stack([x, y], -1)
@@ -34,9 +34,9 @@ def _spread_positions(n: int, domain: Domain2D, generator: torch.Generator) -> T
 # %% ../nbs/02_ground_truth.ipynb #beat1-colors
 def _vivid_colors(n: int, generator: torch.Generator) -> Tensor:
     "(N, 3) colours of any hue, saturated enough to be seen on black, grey and white."
-    hue, saturation, value = torch.rand(3, n, 1, generator=generator)
+    hue, saturation, value = torch.rand(3, n, 1, generator=generator, dtype=torch.float32)
     saturation, value = 0.5 + 0.5 * saturation, 0.6 + 0.4 * value
-    k = (torch.tensor([5.0, 3.0, 1.0]) + 6 * hue) % 6
+    k = (torch.tensor([5.0, 3.0, 1.0], dtype=torch.float32) + 6 * hue) % 6
     return value - value * saturation * torch.minimum(k, 4 - k).clamp(0, 1)
 
 # %% ../nbs/02_ground_truth.ipynb #beat1-real
@@ -55,18 +55,18 @@ def random_scene(
     domain, generator = Domain2D.for_image(height, width), torch.Generator().manual_seed(checks.seed(seed))
     means = _spread_positions(n_gaussians, domain, generator)
     spacing = math.sqrt(domain.width * domain.height / max(n_gaussians, 4))
-    size, ratio, opacity = torch.rand(3, n_gaussians, generator=generator)
+    size, ratio, opacity = torch.rand(3, n_gaussians, generator=generator, dtype=torch.float32)
     size = spacing * 0.2 * 2.5**size
     stretch = 3 ** (ratio / 2)
     scales = torch.stack([size * stretch, size / stretch], -1).clamp(min=0.5 * domain.width / width)
-    rotations = math.pi * (torch.rand(n_gaussians, generator=generator) - 0.5)
+    rotations = math.pi * (torch.rand(n_gaussians, generator=generator, dtype=torch.float32) - 0.5)
     return Gaussians2D.from_values(
         means, scales, rotations, 0.6 + 0.35 * opacity, _vivid_colors(n_gaussians, generator), domain)
 
 # %% ../nbs/02_ground_truth.ipynb #beat1-ink
 def _to_inks(scene: Gaussians2D, height: int, width: int, background: tuple[float, ...]) -> None:
     "Turn the colours of `scene` into inks for an additive picture that stays in [0, 1]: in place."
-    base = torch.tensor(background)
+    base = torch.tensor(background, dtype=torch.float32)
     with torch.no_grad():
         scene.colors -= base
         total = render(scene, height, width, Blend.ADDITIVE, torch.zeros(3))

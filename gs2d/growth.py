@@ -9,6 +9,7 @@ __all__ = ['DensificationState', 'Rows', 'replace_rows', 'Growth']
 # Nothing here knows what a Gaussian looks like: a module has parameters with one row per Gaussian, and a gradient of
 # their centres on the screen comes from outside, in normalised device coordinates.
 import math
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -34,9 +35,10 @@ class DensificationState:
     def reset(self, n_gaussians: int, device: torch.device | str | None = None) -> None:
         "Forget what was gathered, for a scene of `n_gaussians`. The generator goes on."
         device = self.norms.device if device is None else device
-        self.norms = torch.zeros(n_gaussians, device=device)  # (N,) sum of the gradients' norms
-        self.vectors = torch.zeros(n_gaussians, 2, device=device)  # (N, 2) sum of the gradients
-        self.counts = torch.zeros(n_gaussians, device=device)  # (N,) steps in which there was a gradient
+        zeros = partial(torch.zeros, dtype=torch.float32, device=device)
+        self.norms = zeros(n_gaussians)  # (N,) sum of the gradients' norms
+        self.vectors = zeros(n_gaussians, 2)  # (N, 2) sum of the gradients
+        self.counts = zeros(n_gaussians)  # (N,) steps in which there was a gradient
         self.image = self.target = None
 
     def __len__(self) -> int:

@@ -38,12 +38,13 @@ GRADIENT_SHARE = 0.7  # how much of CONTENT follows the picture's gradient (as i
 # %% ../nbs/03_init_levels.ipynb #beat1-positions
 def _uniform_positions(n: int, domain: Domain2D, generator: torch.Generator) -> Tensor:
     "(N, 2) points anywhere in the domain, each place as likely as any other."
-    low = torch.tensor([domain.x_dim[0], domain.y_dim[0]])
-    return low + torch.rand(n, 2, generator=generator) * torch.tensor([domain.width, domain.height])
+    corner, extent = [domain.x_dim[0], domain.y_dim[0]], [domain.width, domain.height]
+    low, size = torch.tensor([corner, extent], dtype=torch.float32)
+    return low + torch.rand(n, 2, generator=generator, dtype=torch.float32) * size
 
 
 def _normal(shape, std: float, generator: torch.Generator) -> Tensor:
-    return std * torch.randn(shape, generator=generator)
+    return std * torch.randn(shape, generator=generator, dtype=torch.float32)
 
 # %% ../nbs/03_init_levels.ipynb #beat2-inks
 def _inks(colors: Tensor, ground_truth: GroundTruth) -> Tensor:
@@ -55,7 +56,7 @@ def _inks(colors: Tensor, ground_truth: GroundTruth) -> Tensor:
     if ground_truth.blend != Blend.ADDITIVE:
         return colors
     share = 1 / (START_OPACITY * (2 * math.pi * START_SIZE**2 + 0.5))
-    return share * (colors - torch.tensor(ground_truth.background))
+    return share * (colors - torch.tensor(ground_truth.background, dtype=torch.float32))
 
 # %% ../nbs/03_init_levels.ipynb #beat2-fresh
 def _fresh(ground_truth: GroundTruth, means: Tensor, generator: torch.Generator) -> Gaussians2D:
@@ -63,10 +64,10 @@ def _fresh(ground_truth: GroundTruth, means: Tensor, generator: torch.Generator)
     n, domain = len(means), ground_truth.domain
     size = START_SIZE * math.sqrt(domain.width * domain.height / n)
     scales = size * _normal((n, 2), 0.15, generator).exp()
-    rotations = math.pi * (torch.rand(n, generator=generator) - 0.5)
+    rotations = math.pi * (torch.rand(n, generator=generator, dtype=torch.float32) - 0.5)
     colors = 0.5 + _normal((n, ground_truth.image.shape[-1]), 0.1, generator)
-    return Gaussians2D.from_values(
-        means, scales, rotations, torch.full((n,), START_OPACITY), _inks(colors, ground_truth), domain)
+    opacities = torch.full((n,), START_OPACITY, dtype=torch.float32)
+    return Gaussians2D.from_values(means, scales, rotations, opacities, _inks(colors, ground_truth), domain)
 
 # %% ../nbs/03_init_levels.ipynb #beat3-real
 def _noisy(truth: Gaussians2D, generator: torch.Generator) -> Gaussians2D:
@@ -127,12 +128,13 @@ def _from_content(ground_truth: GroundTruth, n: int, generator: torch.Generator)
     "Centres where the picture changes, small where they are many, long along edges, in the picture's colours."
     image, domain = ground_truth.image.detach().cpu().double(), ground_truth.domain
     height, width = image.shape[:2]
-    pixel = torch.tensor([domain.width / width, domain.height / height])
+    pixel = torch.tensor([domain.width / width, domain.height / height], dtype=torch.float32)
+    corner = torch.tensor([domain.x_dim[0], domain.y_dim[0]], dtype=torch.float32)
     density = content_density(image)
     drawn = _draw(density, n, generator)
     rows, columns = drawn // width, drawn % width
-    where = torch.stack([columns, height - 1 - rows], -1) + torch.rand(n, 2, generator=generator)
-    means = torch.tensor([domain.x_dim[0], domain.y_dim[0]]) + where * pixel
+    inside = torch.rand(n, 2, generator=generator, dtype=torch.float32)
+    means = corner + (torch.stack([columns, height - 1 - rows], -1) + inside) * pixel
     gx, gy = picture_gradient(image)
     maps = torch.stack([density, (gx * gx).sum(2), (gx * gy).sum(2), (gy * gy).sum(2)])
     radius = min(max(1, round(START_SIZE * math.sqrt(height * width / n))), (min(height, width) - 1) // 2)
@@ -142,7 +144,7 @@ def _from_content(ground_truth: GroundTruth, n: int, generator: torch.Generator)
     scales = torch.stack([size * stretch, size / stretch], -1)
     colors = _inks(image[rows, columns].float(), ground_truth)
     order = size.argsort(stable=True) if ground_truth.blend == Blend.OVER else torch.arange(n)
-    values = (means, scales, rotations, torch.full((n,), START_OPACITY), colors)
+    values = (means, scales, rotations, torch.full((n,), START_OPACITY, dtype=torch.float32), colors)
     return Gaussians2D.from_values(*(value[order] for value in values), domain)
 
 # %% ../nbs/03_init_levels.ipynb #beat5-number

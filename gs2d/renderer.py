@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .checks import background as checked_background
 from .checks import image_size, one_of
-from .gaussians import MAX_ALPHA, WEIGHT_EPS, Blend, Gaussians2D, conics, gaussian_weights
+from .gaussians import LARGEST, MAX_ALPHA, WEIGHT_EPS, Blend, Gaussians2D, conics, gaussian_weights
 from .kernels import operators
 
 # %% ../nbs/01_renderer.ipynb #pixel-real
@@ -40,6 +40,14 @@ class ScreenGaussians(NamedTuple):
     opacities: Tensor  # (N,) in [0, 1]
     colors: Tensor  # (N, C)
 
+# %% ../nbs/01_renderer.ipynb #project-possible
+def _without_nan(tensor: Tensor) -> Tensor:
+    "The same numbers; where the gradient is NaN on its way back, it goes on as 0."
+    tensor = tensor.view_as(tensor)  # the hook belongs to this use of the parameter
+    if tensor.requires_grad:
+        tensor.register_hook(lambda grad: grad if grad is None else grad.nan_to_num(0.0, torch.inf, -torch.inf))
+    return tensor
+
 # %% ../nbs/01_renderer.ipynb #project-real
 def project(
     scene: Gaussians2D,
@@ -50,7 +58,9 @@ def project(
     height, width = image_size(height, width)
     sx, sy = width / scene.domain.width, height / scene.domain.height
     x, y = scene.means.unbind(-1)
-    a, b, c = conics(scene.scales, scene.rotations).unbind(-1)
+    scales = scene.scales
+    scales = torch.where(scales < 1e38, scales, torch.nan)  # an endless one is not drawn either
+    a, b, c = conics(_without_nan(scales), _without_nan(scene.rotations)).unbind(-1)
     means = torch.stack([(x - scene.domain.x_dim[0]) * sx, (scene.domain.y_dim[1] - y) * sy], -1)
     shapes = torch.stack([a / sx**2, -b / (sx * sy), c / sy**2], -1)
     return ScreenGaussians(means, shapes, scene.opacities, scene.colors)
@@ -106,8 +116,16 @@ class _InChunks(torch.autograd.Function):
         return None, None, None, *(leaf.grad for leaf in leaves)
 
 # %% ../nbs/01_renderer.ipynb #reference
+def _drawable(screen: ScreenGaussians) -> Tensor:
+    "(N,) bool: every number is finite, and mean and conic are small enough for float32 to multiply them."
+    geometry = torch.cat([screen.means, screen.conics], -1).abs() <= LARGEST
+    return geometry.all(-1) & screen.opacities.isfinite() & screen.colors.isfinite().all(-1)
+
+
 def _reference(screen: ScreenGaussians, height: int, width: int, blend: Blend, background: Tensor) -> Tensor:
     "Every Gaussian at every pixel, in chunks: readable, exact and slow."
+    drawn = _drawable(screen)
+    screen = ScreenGaussians(*(torch.where(drawn[(..., *[None] * (x.ndim - 1))], x, 0.0) for x in screen))
     points = pixel_centers(height, width, screen.means.dtype, screen.means.device).reshape(-1, 2)
 
     def shade(part, *inputs):

@@ -15,16 +15,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from fuzz_kernels import one as fuzz_one
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gs2d
-from gs2d import loss
+from gs2d import backward, loss
+from gs2d.gaussians import Domain2D, Gaussians2D
 from gs2d.kernels import cpu_loss, operators
 from gs2d.kernels.operators import Kernels, kernels_of, registered
-from gs2d.renderer import Blend, ScreenGaussians, rasterize
+from gs2d.renderer import Blend, ScreenGaussians, project, rasterize, render
 
 PACKAGE = Path(gs2d.__file__).parent
 OPS = torch.ops.gs2d
@@ -158,6 +161,54 @@ def test_a_gaussian_that_is_not_finite_draws_nothing(backend, blend):
 
 
 @each_backend
+@settings(max_examples=300, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_extreme_numbers_are_drawn_as_by_the_reference_or_not_at_all(backend, seed):
+    with backend.serving():
+        fuzz_one(np.random.default_rng(seed))
+
+
+def broken_scene(name, value):
+    "Four Gaussians, the second with this value in this parameter; and the other three alone."
+    g = torch.Generator().manual_seed(0)
+    raw = [torch.randn(4, 2, generator=g), torch.randn(4, 2, generator=g), torch.randn(4, generator=g), torch.randn(4, generator=g),
+           torch.rand(4, 3, generator=g)]
+    k = ("means", "log_scales", "rotations", "opacity_logits", "colors").index(name)
+    raw[k].reshape(4, -1)[1, -1] = value
+    return raw, [tensor[[0, 2, 3]] for tensor in raw]
+
+
+@each_blend
+@pytest.mark.parametrize("name, value", [
+    *(("log_scales", math.log(scale)) for scale in (1e-15, 1e-18, 1e-19, 3e-20, 1e-30, 1e-38)), ("log_scales", -math.inf), ("log_scales", math.inf),
+    *((name, math.nan) for name in ("means", "log_scales", "rotations", "opacity_logits", "colors")),
+    ("means", math.inf), ("means", 1e30), ("rotations", math.inf), ("colors", -math.inf)])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_gaussian_beyond_float32_is_as_if_it_were_not_there(backend, blend, name, value):
+    whole, others = (Gaussians2D(*raw, blend=blend, background=(0.1, 0.2, 0.3)) for raw in broken_scene(name, value))
+    images = [render(scene, 20, 24, backend=backend) for scene in (whole, others)]
+    torch.testing.assert_close(*images, rtol=0, atol=1e-6 if backend == "reference" else 0)
+    for image in images:
+        (image * torch.linspace(-1, 1, image.numel()).reshape(image.shape)).sum().backward()
+    for a, b in zip(whole.parameters(), others.parameters()):
+        assert not a.grad[1].any()  # exactly 0, and no NaN
+        torch.testing.assert_close(a.grad[[0, 2, 3]], b.grad, rtol=1e-4, atol=1e-4)
+
+
+@each_backend
+@each_blend
+def test_rows_of_what_is_far_away_or_endless_stay_inside_the_picture(backend, blend):
+    for x in (5.0, 1e11, -1e12, 1e30, -1e30, 3e38):
+        for y in (5.0, 1e12, -1e11, 1e30, -1e30, 3e38):
+            for conic in ((1e-2, 1e-2, 1e-2), (0.0, 0.0, 0.0), (1.0, -1.0, 1.0), (1e-45, 1e-45, 1e-45), (1e12, 0.0, 1e-45), (1e38, 1e38, 1e38)):
+                leaves = [torch.tensor([value]).requires_grad_() for value in ((x, y), conic, 0.5, (1.0, 1.0, 1.0))]
+                ours, theirs = (draw(which, backend.on(*leaves), 40, 50, blend) for which in (backend, None))
+                torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+                with backend.serving():
+                    assert all(grad.isfinite().all() for grad in torch.autograd.grad(draw(backend, leaves, 40, 50, blend).sum(), leaves))
+
+
+@each_backend
 @pytest.mark.parametrize("far", [1e5, 1e9, 1e30])
 def test_means_far_outside_are_safe(backend, far):
     leaves = scene(6, 16, 16, 3.0, requires_grad=False)
@@ -201,6 +252,63 @@ def test_over_keeps_its_gradient_behind_and_in_front_of_many_opaque_sheets(backe
     torch.testing.assert_close(image.double(), expected[0], rtol=0, atol=1e-5)
     for a, b in zip(grads[:4], expected[1][:4]):
         assert b.abs().max() > 0 and (a - b).abs().max() <= 1e-4 * b.abs().max()
+
+
+def exact_gradients(screen, height, width, blend, background, wish):
+    "In float64, by the lines written down in `gs2d.backward`, some rows of pixels at a time."
+    found = [torch.zeros_like(tensor) for tensor in screen]
+    for top in range(0, height, 128):
+        part = wish[top : top + 128].double()
+        moved = screen._replace(means=screen.means - torch.tensor([0.0, top], dtype=torch.float64))
+        for total, new in zip(found, backward.rasterize_backward(moved, *part.shape[:2], blend, background, part)):
+            total += new
+    return found
+
+
+def scene_in(dtype, raw, domain):
+    return Gaussians2D(*(torch.tensor(value, dtype=torch.float32).to(dtype) for value in raw), domain)
+
+
+def worst_relative_error(backend, size, blend, wish):
+    "Of any single number in the gradients of a broad, turned Gaussian, from the picture back to the scene's parameters."
+    height, width = size
+    domain, background = Domain2D.for_image(height, width), (0.1, 0.3, 0.6)
+    unit = domain.height / height * max(size)  # of the longer side
+    raw = [[0.031 * domain.width, -0.017 * domain.height]], [[math.log(0.35 * unit), math.log(0.2 * unit)]], [0.6], [1.4], [[0.9, 0.2, 0.5]]
+    scene, exact = (scene_in(dtype, raw, domain) for dtype in (torch.float32, torch.float64))
+    with backend.serving():
+        render(scene.to(backend.device), height, width, blend, background).backward(wish.to(backend.device))
+    screen = project(exact, height, width)
+    detached = ScreenGaussians(*(tensor.detach() for tensor in screen))
+    torch.autograd.backward(screen, exact_gradients(detached, height, width, blend, background, wish))
+    return max(((a.grad.cpu() - b.grad) / b.grad).abs().max().item() for a, b in zip(scene.parameters(), exact.parameters()))
+
+
+def wishes(height, width):
+    "Two gradients of a picture: a smooth one, as of a loss on a photograph, and one that is different in every pixel."
+    y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
+    smooth = torch.stack([torch.cos(5 * x + 3 * y), torch.sin(4 * x * y) + 0.3, x - y * y], -1)
+    yield smooth / (height * width)
+    yield torch.randn(height, width, 3, generator=torch.Generator().manual_seed(0)) + 0.5
+
+
+@each_backend
+@each_blend
+@pytest.mark.parametrize("size", [(512, 512), (8192, 256), (2048, 2048)], ids=str)
+def test_gradients_of_a_broad_gaussian_stay_within_1e_4_of_float64_whatever_the_size(backend, blend, size):
+    for wish in wishes(*size):
+        error = worst_relative_error(backend, size, blend, wish)
+        assert error < 1e-4, f"{error:.1e}"
+
+
+@pytest.mark.skipif(not os.environ.get("GS2D_LARGE_TESTS"), reason="8192² takes 4 GB and a minute: set GS2D_LARGE_TESTS=1")
+@each_backend
+@each_blend
+def test_gradients_of_a_broad_gaussian_at_8192(backend, blend):
+    for wish in wishes(8192, 8192):
+        error = worst_relative_error(backend, (8192, 8192), blend, wish)
+        print(f"{blend.value}: {error:.1e}")
+        assert error < 1e-4, f"{error:.1e}"
 
 
 @each_backend
@@ -663,6 +771,136 @@ def test_an_edit_of_what_is_built_into_a_kernel_compiles_it_anew(tmp_path):
     assert text.count("builder.fadd(v, ") == 1
     edited.write_text(text.replace("builder.fadd(v, ", "builder.fsub(v, "), encoding="utf-8")
     assert run_python(code, tmp_path, **environment).stdout == "0.0\n"
+
+
+DAMAGE = """
+    import os, sys
+    from pathlib import Path
+    import numpy as np
+    import small
+    from gs2d.kernels.threads import compiled
+
+    def result():
+        "As a new process would compute it, and whether the machine code came from the disk."
+        work = compiled(small.work)
+        value = work(np.arange(5.0))
+        return value, sum(work.stats.cache_hits.values())
+
+    def damages(good):
+        yield b""
+        for length in (1, 31, 32, 33, 100, len(good) // 2, len(good) - 1):
+            yield good[:length]
+        for place in range(0, len(good), max(1, len(good) // 25)):
+            yield good[:place] + bytes([good[place] ^ 0x10]) + good[place + 1 :]
+        yield bytes(len(good))
+        yield b"gs2d" * 100
+
+    assert result() == (30.0, 0) and result() == (30.0, 1)
+    files, tried = [path for path in Path(os.environ["NUMBA_CACHE_DIR"]).rglob("*") if path.is_file()], 0
+    assert files
+    for path in files:
+        good = path.read_bytes()
+        for damaged in damages(good):
+            path.write_bytes(damaged)
+            assert result() == (30.0, 0), damaged[:40]  # compiled anew
+            assert result() == (30.0, 1)  # and kept
+            tried += 1
+    print(tried)
+"""
+
+
+def test_damaged_machine_code_is_compiled_anew(tmp_path):
+    (tmp_path / "small.py").write_text("def work(x):\n    return (x * x).sum()\n", encoding="utf-8")
+    environment = {"NUMBA_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": f"{PACKAGE.parent}{os.pathsep}{tmp_path}"}
+    assert int(run_python(DAMAGE, tmp_path, **environment).stdout) > 30
+
+
+ONE_KERNEL = """
+    {before}
+    import torch
+    from gs2d import loss
+    from gs2d.kernels import cpu_loss
+    {between}
+    print(loss.l2_loss(torch.ones(1, 32, 1), torch.zeros(1, 32, 1)).item())
+"""
+IN_THE_WAY = """import os, shutil
+    folder = os.environ["NUMBA_CACHE_DIR"]
+    shutil.rmtree(folder)
+    {then}"""
+
+
+@pytest.mark.parametrize("before, between, told", [
+    ("import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))", "", 1),  # as on a full disk: the write fails
+    ("", IN_THE_WAY.format(then=""), 0),  # the folder is gone: it is made again
+    ("", IN_THE_WAY.format(then='open(folder, "w").close()'), 1),  # nobody can make it, not even root
+], ids=["full", "deleted", "in the way"])
+def test_a_cache_that_cannot_be_written_costs_time_and_one_line(tmp_path, before, between, told):
+    pytest.importorskip("resource")
+    done = run_python(ONE_KERNEL.format(before=before, between=between), tmp_path, NUMBA_CACHE_DIR=str(tmp_path / "cache"))
+    assert done.stdout == "1.0\n"
+    assert done.stderr.count("gs2d: cannot keep the compiled kernels in") == told
+    assert done.stderr.count("\n") == 1 + told  # that it compiles, and why it will again
+    assert not [path for path in tmp_path.rglob("*.sealed*") if path.stat().st_size <= 1000]
+
+
+def test_processes_that_compile_at_once_leave_whole_files(tmp_path):
+    code = textwrap.dedent(ONE_KERNEL.format(before="", between=""))
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    together = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment) for _ in range(3)]
+    assert [process.communicate(timeout=120)[0] for process in together] == [b"1.0\n"] * 3
+    files = [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert files and all(name.endswith(".sealed") for name in files)
+    assert run_python(code, tmp_path, NUMBA_CACHE_DIR=str(tmp_path / "cache")).stderr == ""  # nothing is compiled
+
+
+def test_without_a_compiler_the_reference_serves_with_one_warning():
+    done = run_python("""
+        import warnings
+        import numpy as np
+        import gs2d
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            result = gs2d.fit_image(np.zeros((12, 16, 3), np.uint8), n_gaussians=5, steps=3, progress=False)
+        assert result.image.shape == (12, 16, 3)
+        assert [str(w.message) for w in caught if "NUMBA_DISABLE_JIT" in str(w.message)] == [str(w.message) for w in caught] and len(caught) == 1
+    """, NUMBA_DISABLE_JIT="1")
+    assert done.stderr == ""
+
+
+def test_the_default_dtype_changes_no_number(tmp_path):
+    "Scenes are float32 whatever PyTorch's default is, and random numbers are drawn as float32."
+    run_python("""
+        import numpy as np, torch, gs2d
+        from gs2d.densify import DensifyConfig
+        from gs2d.init_levels import InitLevel, initialize_scene
+        from gs2d.train import TrainConfig, train
+
+        picture = np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+
+        def numbers(scene):
+            assert all(p.dtype == torch.float32 for p in scene.parameters())
+            return [p.detach().numpy().tobytes() for p in scene.parameters()] + [scene._repr_png_()]
+
+        def everything():
+            for blend in gs2d.Blend:
+                truth = gs2d.GroundTruth.random(6, 20, 24, seed=1, blend=blend)
+                yield numbers(truth.scene), truth.image.numpy().tobytes()
+                for level in InitLevel:
+                    yield numbers(initialize_scene(truth, level, 6, seed=2))
+                image = truth.image.flip(0).requires_grad_()
+                value = gs2d.ssim(image, truth.image)
+                yield value.item(), torch.autograd.grad(value, image)[0].numpy().tobytes(), gs2d.psnr(image, truth.image).item()
+                truth.scene.save("scene.json")
+                yield numbers(gs2d.load("scene.json"))
+                fit = gs2d.fit_image(picture, n_gaussians=12, steps=12, seed=1, blend=blend, progress=False)
+                yield numbers(fit.scene), fit.psnr, fit.ssim, fit.image.numpy().tobytes()
+            numbers(train(TrainConfig(n_gaussians=9, height=20, width=24, n_iterations=20, densify=DensifyConfig(every_n_steps=5)), progress=False).scene)
+
+        before = list(everything())
+        torch.set_default_dtype(torch.float64)
+        after = list(everything())
+        assert before == after, [k for k, (a, b) in enumerate(zip(before, after)) if a != b]
+    """, tmp_path)
 
 
 def test_without_numba_the_reference_serves_with_one_warning():

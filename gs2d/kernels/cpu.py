@@ -66,13 +66,15 @@ def rasterize(
     "The picture, and what `rasterize_backward` needs: the entry of `Kernels`."
     n, channels = colors.shape
     saved, images = torch.empty(saved_size(n, channels, height, width, blend), dtype=torch.uint8), []
+    if channels > 3:  # a colour that is not finite hides a Gaussian in all groups
+        opacities = torch.where(colors.isfinite().all(-1), opacities, torch.nan)
     geometry = [flat(tensor) for tensor in (means, conics, opacities)]
     for group, (part, behind, real) in enumerate(groups_of_three(colors, background)):
         packed, rows, planes = _views(saved, group, n, height, width, blend)
         for region in (packed, rows, planes[_PLANES[blend] * height * _row(width) :]):
             region.view(np.uint8)[:] = 0  # bytes: assigning 0 to a record goes field by field
         prepare(*geometry, flat(part), height, width, packed, rows)
-        image = torch.empty(height, width, 3)
+        image = torch.empty(height, width, 3, dtype=torch.float32)
         if blend == "over":
             over(packed, rows, flat(behind), height, width, flat(image), planes)
         else:
@@ -100,7 +102,7 @@ def rasterize_backward(
     parts = list(groups_of_three(grad, image, background))
     for group, (part, seen, base, real) in reversed(list(enumerate(parts))):
         packed, rows, planes = _views(saved, group, n, height, width, blend)
-        found = [torch.zeros(n, 2), torch.zeros(n, 3), torch.zeros(n), torch.zeros(n, 3)]
+        found = [torch.zeros(n, *shape, dtype=torch.float32) for shape in ((2,), (3,), (), (3,))]
         rest = height, width, [flat(tensor) for tensor in found]
         if blend == "over":
             over_backward(packed, rows, flat(base), flat(part), planes, *rest)
@@ -110,7 +112,7 @@ def rasterize_backward(
         d_colors.insert(0, found[3][:, :real])
         if with_background:
             behind.insert(0, _background_gradient(part, planes, blend)[:real])
-    d_background = torch.cat(behind) if with_background else torch.empty(0)
+    d_background = torch.cat(behind) if with_background else grad.new_empty(0)
     return *geometry, d_colors[0] if channels == 3 else torch.cat(d_colors, -1), d_background
 
 

@@ -202,7 +202,7 @@ def _target_statistics(target):
     reference, known, statistics = _known_targets.get(key, (lambda: None, None, None))
     if reference() is not target or known != content:
         window, fit_height, fit_width = _window(height, width)
-        statistics = torch.zeros(fit_height * 6 * row_length.py_func(width)).numpy()
+        statistics = np.zeros(fit_height * 6 * row_length.py_func(width), np.float32)
         size = fit_height, fit_width, height, width
         run(_statistics, even_cuts(fit_height, 32), numbers, window, *size, statistics)
         _known_targets[key] = weakref.ref(target, lambda _: _known_targets.pop(key, None)), content, statistics
@@ -227,7 +227,7 @@ def _loss_of_three(image, target, l1_weight, ssim_weight, channels, with_grad):
     height, width, _ = image.shape
     window, fit_height, fit_width = _window(height, width)
     bands = -(-height // _LOSS_BAND)
-    gradient, sums = torch.empty(image.shape if with_grad else 0), np.zeros((bands, 2))
+    gradient, sums = image.new_empty(image.shape if with_grad else 0), np.zeros((bands, 2))
     places, pixels = channels * fit_height * fit_width, channels * height * width
     scales = np.array([-ssim_weight / places, l1_weight / pixels], np.float32)
     run(_loss_bands, even_cuts(bands, 2), flat(image), flat(target), _target_statistics(target), window, fit_height,
@@ -248,7 +248,7 @@ def image_loss(
     channels = image.shape[-1]
     if channels == 3:
         return _loss_of_three(image, target, l1_weight, ssim_weight, 3, with_grad)
-    loss, gradients = torch.zeros(()), []
+    loss, gradients = image.new_zeros(()), []
     for part, goal, real in groups_of_three(image, target):
         value, gradient = _loss_of_three(part, goal, l1_weight, ssim_weight, real, with_grad)
         loss = loss + value * (real / channels)
@@ -296,6 +296,6 @@ def squared_error(
 ) -> tuple[Tensor, Tensor]:  # (), and (H, W, C) or (0,)
     "The mean of (image - target)² and its gradient: the entry of `Kernels`."
     blocks = -(-image.numel() // _BLOCK)
-    gradient, sums = torch.empty(image.shape if with_grad else 0), np.empty(blocks)
+    gradient, sums = image.new_empty(image.shape if with_grad else 0), np.empty(blocks)
     run(_square_blocks, even_cuts(blocks, 8), flat(image), flat(target), clamp, with_grad, flat(gradient), sums)
     return torch.tensor(sums.sum() / image.numel(), dtype=torch.float32), gradient

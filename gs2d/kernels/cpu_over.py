@@ -10,10 +10,11 @@ __all__ = ['over', 'over_backward']
 # Conventions are those of gs2d.kernels.cpu_raster. The readable form is in gs2d.renderer.
 import numpy as np
 
-from .cpu_raster import BAND, HALF, bin_rows, fields, strip_rows, write_geometry
+from .cpu_raster import BAND, COUNT, HALF, bin_rows, fields, strip_rows, write_gradients
 from .threads import compiled, even_cuts, fair_cuts, inlined, run
 from gs2d.kernels.vectors import (
-    LANES, PADDING, falloff, fill, fma, load, ramp, read_pixels, row_length, store, total, where_le, write_pixels,
+    LANES, PADDING, SUMS, add_totals, falloff, fill, fma, load, ramp, read_pixels, row_length, store, where_le,
+    write_pixels,
 )
 from ..gaussians import MAX_ALPHA
 
@@ -81,11 +82,6 @@ def over(
     first, entries, _, work = bin_rows(packed, rows, height)
     run(_over_forward, fair_cuts(work), first, entries, packed, rows, background, height, width, image, state)
 
-# %% ../../nbs/workshop/cpu_over.ipynb #sums-dtype
-_SUMS = np.dtype([  # of one Gaussian in one band: h, its moments, and the weighted gradients of the three channels
-    ("s", np.float32), ("sx", np.float32), ("sy", np.float32), ("sxx", np.float32), ("sxy", np.float32),
-    ("syy", np.float32), ("red", np.float32), ("green", np.float32), ("blue", np.float32)], align=True)
-
 # %% ../../nbs/workshop/cpu_over.ipynb #over-begin
 @inlined
 def _begin_replay(top, end, planes, length, background, grad, height, width, state):
@@ -108,7 +104,7 @@ def _begin_replay(top, end, planes, length, background, grad, height, width, sta
 @compiled
 def _over_backward(start, stop, first, entries, slots, packed, rows, background, grad, state, height, width, partial):
     "Replay bands start…stop back to front; every entry of a band writes its nine sums into its own row of `partial`."
-    length = row_length(width)
+    length, zero, sums = row_length(width), fill(0.0), np.empty(SUMS, np.float64)
     planes = np.zeros(BAND * 6 * length, np.float32)
     for band in range(start, stop):
         top, end = band * BAND, min(height, (band + 1) * BAND)
@@ -116,13 +112,13 @@ def _over_backward(start, stop, first, entries, slots, packed, rows, background,
         for entry in range(first[band + 1] - first[band] - 1, -1, -1):
             i = entries[first[band] + entry]
             mx, my, a, b2, c, opacity, red, green, blue = fields(packed[i])
-            reds, greens, blues = fill(0.0), fill(0.0), fill(0.0)
-            s, sx, sy, sxx, sxy, syy = fill(0.0), fill(0.0), fill(0.0), fill(0.0), fill(0.0), fill(0.0)
+            reds, greens, blues, s, sx, sy, sxx, sxy, syy = zero, zero, zero, zero, zero, zero, zero, zero, zero
+            sums[:], count = 0, 0
             for x in range(packed[i].first_column, packed[i].end_column, LANES):
                 y0, y1 = strip_rows(packed[i], x, max(top, rows[i].top), min(end, rows[i].end))
                 dx = ramp() + (np.float32(x) + HALF) - mx
                 adx, py, at = a * dx, fill(np.float32(y0) + HALF), (y0 - top) * 6 * length + x
-                column, column_y = fill(0.0), fill(0.0)
+                column, column_y = zero, zero
                 for _ in range(y0, y1):
                     dy = py - my
                     w = falloff(dx * (adx + b2 * dy) + (c * dy) * dy)
@@ -143,26 +139,27 @@ def _over_backward(start, stop, first, entries, slots, packed, rows, background,
                     py, at = py + 1.0, at + 6 * length
                 hx = column * dx
                 s, sx, sy, sxx, sxy = s + column, sx + hx, sy + column_y, fma(hx, dx, sxx), fma(column_y, dx, sxy)
-            p = partial[slots[i] + band - rows[i].top // BAND]
-            p.s, p.sx, p.sy, p.sxx, p.sxy, p.syy = total(s), total(sx), total(sy), total(sxx), total(sxy), total(syy)
-            p.red, p.green, p.blue = total(reds), total(greens), total(blues)
+                count += max(0, y1 - y0)
+                if count >= COUNT:
+                    add_totals(sums, (s, sx, sy, sxx, sxy, syy, reds, greens, blues))
+                    reds, greens, blues, s, sx, sy, sxx, sxy, syy = zero, zero, zero, zero, zero, zero, zero, zero, zero
+                    count = 0
+            add_totals(sums, (s, sx, sy, sxx, sxy, syy, reds, greens, blues))
+            at = slots[i] + band - rows[i].top // BAND
+            for k in range(9):
+                partial[at, k] = sums[k]
 
 # %% ../../nbs/workshop/cpu_over.ipynb #over-gather
-_ZERO, _ONE = np.float32(0), np.float32(1)
-
-
 @compiled
 def _over_gather(start, stop, slots, packed, partial, d_means, d_conics, d_opacities, d_colors):
     "Gradients of Gaussians start…stop from their partial rows, added in the order of the bands."
+    sums = np.empty(9, np.float64)
     for i in range(start, stop):
-        s, sx, sy, sxx, sxy, syy = _ZERO, _ZERO, _ZERO, _ZERO, _ZERO, _ZERO
-        red, green, blue = _ZERO, _ZERO, _ZERO
+        sums[:] = 0
         for k in range(slots[i], slots[i + 1]):
-            p = partial[k]
-            s, sx, sy, sxx, sxy, syy = s + p.s, sx + p.sx, sy + p.sy, sxx + p.sxx, sxy + p.sxy, syy + p.syy
-            red, green, blue = red + p.red, green + p.green, blue + p.blue
-        write_geometry(i, packed[i], _ONE, s, sx, sy, sxx, sxy, syy, d_means, d_conics, d_opacities)
-        d_colors[3 * i], d_colors[3 * i + 1], d_colors[3 * i + 2] = red, green, blue
+            for j in range(9):
+                sums[j] += partial[k, j]
+        write_gradients(i, packed[i], 1.0, 1.0, sums, d_means, d_conics, d_opacities, d_colors)
 
 # %% ../../nbs/workshop/cpu_over.ipynb #over-backward-host
 def over_backward(
@@ -175,7 +172,7 @@ def over_backward(
 ):
     "The gradients of all Gaussians."
     first, entries, slots, work = bin_rows(packed, rows, height)
-    partial = np.empty(len(entries), _SUMS)
+    partial = np.empty((len(entries), 9), np.float32)
     pixels = background, grad, state, height, width
     run(_over_backward, fair_cuts(work), first, entries, slots, packed, rows, *pixels, partial)
     run(_over_gather, even_cuts(len(rows), 4000), slots, packed, partial, *gradients)

@@ -62,7 +62,7 @@ _registered: dict[str, Kernels] = {}  # type of device -> what serves it, from i
 def _load(name: str) -> Kernels:
     try:
         return importlib.import_module(name).KERNELS
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         warnings.warn(f"{name} is not available ({error}); the reference renders instead, slowly", stacklevel=2)
         return Kernels()
 

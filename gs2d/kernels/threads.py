@@ -8,20 +8,29 @@ __all__ = ['inlined', 'compiled', 'run', 'even_cuts', 'fair_cuts', 'flat']
 # %% ../../nbs/workshop/threads.ipynb #export-imports
 # What it does: compile functions and keep the machine code, and run a kernel in pieces on a pool of threads.
 # What it does not do: decide what a piece is. A piece owns its results, so the number of threads never changes a bit.
-# Parts of numba that are not promised: numba.core.event, and the name of the checksum in a dispatcher's cache.
+# Parts of numba that are not promised: numba.core.event, numba.core.serialize, and numba.core.caching, where we replace
+# the file in which a dispatcher's cache keeps its machine code.
 import hashlib
 import os
+import pickle
 import queue
 import sys
 import threading
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+import numba
 import numpy as np
 import torch
 from numba import njit
-from numba.core import event
+from numba.core import config, event
+from numba.core.caching import FunctionCache
+from numba.core.serialize import dumps
 from torch import Tensor
+
+if config.DISABLE_JIT:  # whoever imports this is told, and takes the reference
+    raise ImportError("NUMBA_DISABLE_JIT is set, and the kernels are nothing without numba's compiler")
 
 # %% ../../nbs/workshop/threads.ipynb #sources
 def _sources() -> str:
@@ -34,20 +43,87 @@ def _sources() -> str:
 _SOURCES = None if __name__ == "__main__" else _sources()
 _kept = set()  # the functions of the package that were compiled or loaded
 
+# %% ../../nbs/workshop/threads.ipynb #kept
+class _Shelf:
+    "Machine code on disk, one sealed file for each signature; a file that its seal does not fit counts as missing."
+
+    def __init__(self, folder, name):
+        self.folder, self.name = Path(folder), name
+
+    def _place(self, key):
+        "The file of a signature on a kind of machine, and a checksum that its content is still to be added to."
+        identity = repr((numba.__version__, key)).encode()
+        name = hashlib.blake2b(identity, digest_size=8).hexdigest()
+        seal = hashlib.blake2b(f"{_SOURCES}".encode() + identity, digest_size=32)
+        return self.folder / f"{self.name}.{name}.sealed", seal
+
+    def load(self, key):
+        "What was kept, or None."
+        path, seal = self._place(key)
+        try:
+            content = path.read_bytes()
+        except OSError:
+            return None
+        seal.update(content[32:])
+        return pickle.loads(content[32:]) if seal.digest() == content[:32] else None
+
+    def save(self, key, data):
+        "Keep it under its final name, or raise OSError and leave nothing."
+        (path, seal), content = self._place(key), dumps(data)
+        seal.update(content)
+        beside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:16]}")
+        try:
+            beside.write_bytes(seal.digest() + content)
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+    def flush(self):
+        "Forget all signatures of this function."
+        for path in self.folder.glob(f"{self.name}.*.sealed"):
+            path.unlink(missing_ok=True)
+
+# %% ../../nbs/workshop/threads.ipynb #cache
+class _Cache(FunctionCache):
+    "numba's cache of one function, on our shelf; a disk that fails costs time, and nothing else."
+
+    told = False
+
+    def __init__(self, function):
+        super().__init__(function)
+        self._cache_file = _Shelf(self.cache_path, self._impl.filename_base)
+
+    def load_overload(self, sig, target_context):
+        "The compiled signature, or None."
+        try:
+            return super().load_overload(sig, target_context)
+        except OSError:
+            return None
+
+    def save_overload(self, sig, data):
+        "Keep a compiled signature where that is possible."
+        try:
+            super().save_overload(sig, data)
+        except OSError as error:
+            if not _Cache.told:
+                _Cache.told = True
+                why = error.strerror or error
+                print(f"gs2d: cannot keep the compiled kernels in {self.cache_path} ({why}), so the next process "
+                      "compiles them again", file=sys.stderr, flush=True)
+
 # %% ../../nbs/workshop/threads.ipynb #exp
 def compiled(
     function: Callable,
 ) -> Callable:
     "Machine code without Python's lock, kept on disk wherever numba finds a folder that it may write to."
-    options = dict(nogil=True, error_model="numpy")
+    dispatcher = njit(nogil=True, error_model="numpy")(function)
     if function.__module__ == "__main__" or _SOURCES is None:  # written in a notebook
-        return njit(**options)(function)
+        return dispatcher
     _kept.add(function)
     try:
-        dispatcher = njit(cache=True, **options)(function)
-    except RuntimeError:  # no such folder: compile anew in every process
-        return njit(**options)(function)
-    dispatcher._cache._cache_file._source_stamp = _SOURCES
+        dispatcher._cache = _Cache(function)
+    except (RuntimeError, OSError):  # no such folder: compile anew in every process
+        pass
     return dispatcher
 
 
