@@ -83,7 +83,7 @@ export: $(DEV)
 	$(TOOLS) nbdev_export
 	$(TOOLS) nbdev_clean
 	$(TOOLS) python tests/readme.py
-	find gs2d -name '*.nb[ic]' -delete  # compiled kernels do not notice a change in another module that they inline
+	find gs2d -name '*.sealed' -delete  # compiled kernels of sources that are gone
 
 readme: $(DEV)
 	$(TOOLS) python tests/readme.py

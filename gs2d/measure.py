@@ -17,6 +17,7 @@ import torch
 from tabulate import tabulate
 
 from .fit import fit_config, fit_image
+from .interrupts import noted
 from .gaussians import CUTOFF_POWER, Gaussians2D
 from .io.pictures import pictures_in
 from .results import csv_bytes, metrics
@@ -127,8 +128,9 @@ def bench(
         rows = []
         for path in map(Path, pictures):
             try:
-                result = fit_image(path, n_gaussians, **{"progress": False} | options)
-                if result.interrupted:  # there is no result to say so: a row stands for a whole fit
+                with noted() as pressed:
+                    result = fit_image(path, n_gaussians, **{"progress": False} | options)
+                if result.interrupted or pressed:  # a row stands for a whole fit
                     raise KeyboardInterrupt
                 rows.append(bench_row(path.stem, result))
             except _FAILURES as error:

@@ -29,12 +29,13 @@ from .densify import densify
 from .gaussians import Blend, Gaussians2D
 from .ground_truth import GroundTruth
 from .growth import DensificationState
-from .init_levels import initialize_scene
+from .init_levels import InitLevel, initialize_scene
 from .interrupts import held, noted
 from .io.checkpoints import write_checkpoint
 from .kernels import operators
 from .kernels.devices import resolve_device
 from .loss import psnr
+from .memory import check_memory, training_bytes
 from .records import StepRecord, TimingStats, TrainResult
 from .renderer import render
 from .resume import trainer_of, trainer_state
@@ -142,8 +143,8 @@ def _check(config: TrainConfig, scene: nn.Module, target: Tensor) -> None:
         checks.one_of("lr_scale", name, names)
     if config.densify is not None and config.growing_loss not in (None, config.loss):
         value = config.loss(target.clone().requires_grad_(), target)
-        if not isinstance(value, Tensor) or value.ndim:
-            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{type(value).__name__}"
+        if getattr(value, "shape", None) != ():
+            got = type(value).__name__ + (f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else "")
             raise TypeError(f"loss: expected a function of two pictures whose value is a scalar tensor, got {got}")
 
 
@@ -309,11 +310,9 @@ def show_progress(trainer: Trainer, records: Iterator[StepRecord]) -> Iterator[S
     "A bar that moves, and after every tenth of the run a line that stays, on stderr."
     from tqdm.auto import tqdm
 
-    if sys.stderr is None:  # nobody could see it
-        yield from records
-        return
     tenths = int(10 * trainer.progress)
-    with tqdm(total=trainer.expected_steps, initial=trainer.steps_done, unit="step", file=sys.stderr) as bar:
+    size = dict(total=trainer.expected_steps, initial=trainer.steps_done, disable=sys.stderr is None)
+    with tqdm(**size, unit="step", file=sys.stderr) as bar:
         for record in records:
             bar.total = trainer.expected_steps  # it may change on the way
             bar.set_postfix_str(record.summary(), refresh=False)
@@ -332,7 +331,14 @@ def make_trainer(
     *,
     ground_truth: GroundTruth | None = None,  # None: a random scene drawn from config.seed
 ) -> Trainer:
-    "A trainer at its first step: the ground truth, and a scene that starts as `config.init_level` says."
+    """A trainer at its first step: the ground truth, and a scene that starts as `config.init_level` says.
+
+    MemoryError, before anything is allocated, where the machine does not have the memory that the run needs.
+    """
+    height, width, channels = (config.height, config.width, 3) if ground_truth is None else ground_truth.image.shape
+    if resolve_device(config.device).type == "cpu":
+        more = dict(blend=config.blend or Blend.WEIGHTED, content=config.init_level is InitLevel.CONTENT)
+        check_memory(training_bytes, config.n_gaussians, height, width, channels=channels, **more)
     with held():
         if ground_truth is None:
             blend = config.blend or Blend.WEIGHTED

@@ -73,6 +73,7 @@ def _fit(options: dict, resume: Path | None) -> None:
     "The command, with options that were given now, or when the run began."
     from gs2d.fit import fit_config, fit_to_target
     from gs2d.io.runs import HELD, RunFolder
+    from gs2d.memory import check_memory, training_bytes
     from gs2d.train import make_trainer
 
     given = {name: options[name] for name in ("target_psnr", "n_gaussians", "seconds", "video")}
@@ -90,6 +91,8 @@ def _fit(options: dict, resume: Path | None) -> None:
         if video is not None:
             check_output("--video", video, overwrite, source)
         config = fit_config(truth.height, truth.width, options["n_gaussians"], seconds=options["seconds"], **recipe)
+        need = dict(channels=truth.image.shape[-1], blend=truth.blend, scored=True)
+        check_memory(training_bytes, config.n_gaussians, truth.height, truth.width, **need)
         if not quiet:
             length = f"{config.n_iterations:,} steps" if config.seconds is None else f"{config.seconds:g} s"
             say(f"{photo or 'the default portrait'}, {truth.width}×{truth.height} pixels, {length}")
@@ -181,12 +184,11 @@ def bench(
     """
     from gs2d import measure
     from gs2d.io.files import atomic_write
-    from gs2d.io.pictures import pictures_in
 
     only_one(seconds=seconds, steps=steps)
     options = dict(steps=steps, seconds=seconds, quality=quality, seed=seed, max_side=max_side, blend=blend,
                    loss=_loss(loss), device=device)
-    pictures, rows = pictures_in(folder), []  # rows: those in bench.csv
+    pictures, rows = measure.bench_pictures(folder), []  # rows: those in bench.csv
     with run_folder(out, ("bench.csv", "bench.png"), overwrite, *pictures) as run:
         results = run.path
         try:
@@ -210,6 +212,10 @@ def bench(
             figure = measure.rate_quality({f"gs2d, {len(pictures)} pictures": curve} | published)
             figure.savefig(results / "bench.png")
     typer.echo(f"results in {results}")
+    fits = [row for row in rows if row["picture"] != "mean"]
+    if failed := [row for row in fits if row["error"]]:
+        say(f"{len(failed)} of {len(fits)} fits failed; {results / 'bench.csv'} says why")
+        raise typer.Exit(1 if means else 2)
 
 # %% ../../nbs/workshop/cli_fits.ipynb #train-config
 def _lr_scale(pairs: list[str]) -> dict[str, float]:

@@ -66,12 +66,14 @@ def render(
     from gs2d.io.pictures import check_suffix, save_picture, straight_alpha
     from gs2d.io.scenes import read_scene
     from gs2d.kernels.devices import resolve_device
+    from gs2d.memory import check_memory, rendering_bytes
 
     file, path = read_scene(scene), out or scene.with_suffix(".png")
     check_output("--out", path, overwrite, scene)
     check_suffix(path)
     gaussians = Gaussians2D.from_record(file)
     rows, columns = _size(file, height, width)
+    check_memory(rendering_bytes, len(gaussians), rows, columns, channels=file.colors.shape[1], blend=blend or file.blend)
     behind, transparent = None if background is None else color(background), file.colors.shape[1] == 4
     gaussians.to(resolve_device(device))
     with torch.no_grad():

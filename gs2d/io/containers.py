@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..checks import number
 from ..interrupts import held
+from . import pictures
 from .files import default_mode
 from .pictures import load_picture, pictures_in, to_pil
 
@@ -144,6 +145,17 @@ def _kind_of(path: str | os.PathLike) -> str:
     return suffix
 
 # %% ../../nbs/workshop/containers.ipynb #beat4-checks
+def _check_encoder(kind: str, shown: str) -> None:
+    "Raise where this PyAV cannot write such files: some are built without one encoder or the other."
+    if kind:
+        import av
+
+        try:
+            av.codec.Codec(CODECS[kind].encoder, "w")
+        except ValueError:  # PyAV's error for a codec that is not there is one
+            raise ValueError(f"{shown}: expected a PyAV with {CODECS[kind].encoder}, got one without") from None
+
+
 def _checked_fps(fps, kind: str) -> Fraction:
     "Frames per second as a fraction that every container can hold, or a clear error."
     fps = number("fps", fps, lowest=0.1, highest=240)
@@ -203,6 +215,7 @@ class FrameWriter:
     ):
         self.kind, self.shown, self.path = _kind_of(path), os.fspath(path), Path(path).absolute()
         self.fps = _checked_fps(fps, self.kind)
+        _check_encoder(self.kind, self.shown)
         _check_place(self.path, self.shown)
         self.n_frames, self._writer, self._temporary, self._first = 0, None, None, None
 
@@ -274,14 +287,18 @@ def _decoded(path: Path, near_end: bool = False) -> Iterator[np.ndarray]:
 
     try:
         with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise ValueError(f"{path}: expected a video, got a file without one")
+            if not container.streams.video or container.streams.video[0].codec_context is None:
+                raise ValueError(f"{path}: expected a video, got a file without one that PyAV can read")
+            context = container.streams.video[0].codec_context
+            if context.width * context.height > pictures.MAX_PIXELS:
+                expected = f"at most {pictures.MAX_PIXELS:,} pixels"
+                raise ValueError(f"{path}: expected {expected}, got {context.width}×{context.height}")
             container.streams.video[0].thread_type = "AUTO"
             if near_end and container.duration:
                 container.seek(container.duration)
             for frame in container.decode(video=0):
                 yield frame.to_ndarray(format="rgb24")
-    except av.error.InvalidDataError as error:
+    except av.error.FFmpegError as error:
         raise ValueError(f"{path}: expected a video, got something that PyAV cannot read ({error.strerror})") from None
 
 # %% ../../nbs/workshop/containers.ipynb #beat5-read
