@@ -277,7 +277,8 @@ def draw_outlines(
     from matplotlib.collections import EllipseCollection
 
     colors = rgb(scene.colors).clamp(0, 1)
-    values = (n_std * 2 * scene.scales, scene.rotations.rad2deg(), scene.means, colors)
+    far = 100 * scene.extent  # what lies or reaches farther looks the same, and takes matplotlib for ever
+    values = (n_std * 2 * scene.scales).clamp(max=far), scene.rotations.rad2deg(), scene.means.clamp(-far, far), colors
     sizes, angles, means, own = (value.detach().cpu().double().nan_to_num().numpy() for value in values)
     style = {"facecolors": "none", "linewidths": 1.0, "edgecolors": own if color is None else color, **style}
     style |= {"units": "xy", "offsets": means, "offset_transform": ax.transData}

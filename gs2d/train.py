@@ -317,7 +317,7 @@ def show_progress(trainer: Trainer, records: Iterator[StepRecord]) -> Iterator[S
             bar.total = trainer.expected_steps  # it may change on the way
             bar.set_postfix_str(record.summary(), refresh=False)
             bar.update()
-            if int(10 * trainer.progress) > tenths:
+            if int(10 * trainer.progress) > tenths and not bar.disable:
                 tenths = int(10 * trainer.progress)
                 done, every = record.step + 1, max(1, bar.total // 10)
                 mean_ms = TimingStats.from_history(trainer.history[-every:]).mean_ms

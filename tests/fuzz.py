@@ -327,10 +327,10 @@ class Videos:
     "Videos, through read_frames and last_frame."
 
     def __init__(self, folder: Path):
-        from gs2d.io import containers
+        from gs2d.io import pictures
         from gs2d.io.containers import FrameWriter, last_frame, read_frames
 
-        containers.MAX_PIXELS = PIXELS
+        pictures.MAX_PIXELS = PIXELS
         self.readers, self.sources, rng = (read_frames, last_frame), {}, np.random.default_rng(0)
         for name, size in (("a.gif", (20, 24)), ("a.webm", (34, 40)), ("a.mp4", (34, 40))):
             writer = FrameWriter(folder / name, fps=10)
@@ -352,6 +352,28 @@ class Videos:
             if pixels > 3e8:  # frames come one by one, and whoever asks may stop
                 break
         last_frame(folder / self.name)
+
+
+# ── the state of a run ──
+
+
+class Runs:
+    "The file that says how it is with a run, through RunFolder.read."
+
+    def __init__(self, folder: Path):
+        from gs2d.io.runs import RunFolder
+
+        self.run = RunFolder(folder)
+        self.run.write("stopped", command="fit", options=dict(photo="photo.png", steps=9, seconds=None, background="black", alpha=False), picture_sha256="0" * 64)
+        self.source = (folder / "run.json").read_bytes()
+
+    def input(self, rng, folder: Path) -> None:
+        document = broken_document(rng, json.loads(self.source))
+        (folder / "run.json").write_bytes(broken_bytes(rng, self.source) if rng.random() < 0.5 else text_of(rng, document))
+
+    def use(self, folder: Path) -> None:
+        about = type(self.run)(folder).read()
+        assert isinstance(about["options"], dict) and about["state"] in ("running", "stopped", "failed", "complete"), about
 
 
 # ── the command line ──────────────────────────────────────────────────────────
@@ -438,7 +460,7 @@ class Kernels:
         self.one(self.rng)
 
 
-TARGETS = {"scenes": Scenes, "checkpoints": Checkpoints, "pictures": Pictures, "videos": Videos, "commands": Commands, "kernels": Kernels}
+TARGETS = {"scenes": Scenes, "checkpoints": Checkpoints, "pictures": Pictures, "videos": Videos, "commands": Commands, "kernels": Kernels, "runs": Runs}
 
 
 # ── a process that tries inputs ───────────────────────────────────────────────

@@ -20,12 +20,15 @@ from typer.testing import CliRunner
 
 import gs2d.cli
 import gs2d.fit
+import gs2d.io.containers
+import gs2d.show.film
 from gs2d import __version__
 from gs2d.cli import main
 from gs2d.commands import fits, shared
 from gs2d.densify import DensifyConfig, ErrorGrowth
 from gs2d.gaussians import Domain2D, Gaussians2D
 from gs2d.io.containers import read_frames
+from gs2d.io.runs import RunFolder
 from gs2d.loss import L1SSIMLoss, l1_loss, l2_loss
 from gs2d.train import TrainConfig, Trainer
 
@@ -437,7 +440,145 @@ def test_options_of_render_that_make_no_sense(options, expected):
     assert not Path("scene.png").exists()
 
 
+# --- nothing is replaced unasked, and nothing is lost ---
+
+
+@pytest.mark.parametrize("command, what", [
+    (["render", "scene.json"], "scene.png"), (["render", "scene.json", "--out", "photo.png"], "photo.png"),
+    (["fit", "photo.png", *QUICK, "--out", "."], "target.png"), (["fit", "other.png", *QUICK, "--out", "."], "target.png"),
+    (["fit", "photo.png", *QUICK, "--video", "film.gif", "--out", "new"], "film.gif"), (["train", *QUICK[:-1], "--out", "."], "target.png"),
+    (["fit", "photo.png", *QUICK, "--video", "frames/", "--out", "new"], "frames"), (["bench", "pictures", "--out", "pictures"], "bench.csv"),
+])
+def test_what_is_there_is_replaced_only_on_request(command, what):
+    picture(), picture("other.png"), picture("target.png"), picture("scene.png"), scene()
+    Path("film.gif").write_bytes(b"a film")
+    for folder in ("frames", "pictures"):
+        Path(folder).mkdir()
+    picture("frames/frame_00000.png"), picture("pictures/a.png"), Path("pictures/bench.csv").write_text("mine")
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    line = fails(*command)
+    assert what in line and "--overwrite" in line, line
+    assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
+    if "bench" not in command:
+        succeeds(*command, "--overwrite")
+        assert {path for path in before if not path.exists() or path.read_bytes() != before[path]}
+
+
+@pytest.mark.parametrize("command", [
+    ["fit", "target.png", *QUICK, "--out", "."], ["fit", "./folder/../target.png", *QUICK, "--out", "."], ["fit", "link.png", *QUICK, "--out", "."],
+    ["fit", "film.gif", *QUICK, "--video", "film.gif", "--out", "new"], ["render", "x.png.json", "--out", "x.png.json"],
+    ["bench", "pictures", "--out", "pictures", "--n-gaussians", 3, "--steps", 2],
+])
+def test_an_input_is_never_replaced(command):
+    picture("target.png"), picture("film.gif"), scene("x.png.json"), Path("folder").mkdir(), Path("pictures").mkdir()
+    os.symlink("target.png", "link.png")
+    picture("pictures/bench.png")
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    assert "which is what the command reads" in fails(*command, "--overwrite")
+    assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
+
+
+def test_a_second_benchmark_beside_the_pictures_does_not_measure_its_own_figure():
+    Path("pictures").mkdir()
+    picture("pictures/a.png"), picture("pictures/._a.png")
+    for more in ([], ["--overwrite"]):
+        succeeds("bench", "pictures", "--out", "pictures", "--n-gaussians", 3, "--steps", 2, *more)
+        assert [line.split(",")[0] for line in Path("pictures/bench.csv").read_text().splitlines()] == ["picture", "a", "mean"]
+
+
+def test_a_damaged_picture_does_not_end_a_benchmark():
+    Path("pictures").mkdir()
+    picture("pictures/a.png"), Path("pictures/b.png").write_bytes(b"not a picture"), picture("pictures/c.png")
+    done = gs2d_("bench", "pictures", "--out", "out", "--n-gaussians", 3, "--steps", 2)
+    assert done.exit_code == 1 and "1 of 3 fits failed" in done.stderr, done.output
+    assert [line.split(",")[0] for line in Path("out/bench.csv").read_text().splitlines()] == ["picture", "a", "b", "c", "mean"]
+    assert "not a picture" in Path("out/bench.csv").read_text()
+
+
+def test_a_video_that_fails_on_the_way_does_not_cost_the_fit(monkeypatch):
+    write, written = gs2d.show.film.FrameWriter.write, []
+
+    def full_after_two(self, *arguments):
+        written.append(1)
+        if len(written) > 2:
+            self.discard()
+            raise OSError(errno.ENOSPC, "No space left on device", self.shown)
+        return write(self, *arguments)
+
+    monkeypatch.setattr("gs2d.show.film.FrameWriter.write", full_after_two)
+    done = gs2d_("fit", picture(), *QUICK[:-1], "--steps", 9, "--video", "film.gif", "--out", "out")
+    assert done.exit_code == 2 and "the video could not be written (film.gif: No space left on device); what there was is saved" in done.stderr, done.output
+    assert json.loads(Path("out/metrics.json").read_text())["steps"] == 9 and not Path("film.gif").exists()
+
+
+def test_a_video_without_its_encoder_is_refused_before_training(monkeypatch, no_steps):
+    monkeypatch.setitem(gs2d.io.containers.CODECS, ".mp4", gs2d.io.containers.CODECS[".mp4"]._replace(encoder="no_such_encoder"))
+    assert "expected a PyAV with no_such_encoder" in fails("fit", picture(), *QUICK, "--video", "film.mp4")
+
+
+def test_what_the_memory_cannot_hold_is_refused_before_any_work(no_steps):
+    for command in (["fit", picture(), "--n-gaussians", 10**9], ["train", "--n-gaussians", 10**9, "--height", 48, "--width", 64]):
+        line = fails(*command, "--device", "cpu", "-q")
+        assert "1,000,000,000 Gaussians on" in line and "would fit" in line, line
+    assert not Path("gs2d-out").exists()
+
+
+@pytest.mark.parametrize("text", ["5,5,5", "nan,0,0", "1,1", "-0.1,0,0", "1,2", "", "inf,0,0", "0,0,0,0"])
+@pytest.mark.parametrize("command", ["fit", "render"])
+def test_a_background_is_three_numbers_from_0_to_1_or_a_name(command, text):
+    line = fails(command, picture() if command == "fit" else scene(), "--background", text)
+    assert "--background: expected three numbers from 0 to 1" in line and repr(text) in line
+
+
+def test_folders_made_for_a_run_that_could_not_start_are_gone():
+    assert "steps: expected" in fails("fit", picture(), "--steps", 0, "--out", "a/b/c")
+    assert not Path("a").exists()
+    Path("mine").mkdir()
+    assert "steps: expected" in fails("fit", picture(), "--steps", 0, "--out", "mine")
+    assert list(Path("mine").iterdir()) == []
+
+
+def test_no_temporary_name_in_an_error(monkeypatch):
+    Path("out").mkdir()
+    Path("out/scene.json").mkdir()
+    line = fails("fit", picture(), *QUICK, "--out", "out", "--overwrite")
+    assert "scene.json" in line and ".results-" not in line and ".tmp" not in line
+
+
+def test_how_often_checkpoints_are_kept_is_a_time():
+    for text in ("soon", "-3s", "1d", "nan"):
+        assert "--checkpoint-every: expected a time such as 30s" in fails("fit", picture(), *QUICK, "--checkpoint-every", text)
+
+
+def test_resuming_what_cannot_be_resumed():
+    Path("empty").mkdir()
+    assert "expected the folder of a run" in fails("fit", "--resume", "empty")
+    succeeds("fit", picture(), *QUICK, "--out", "out")
+    assert "which is complete" in fails("fit", "--resume", "out")
+    assert "expected it without --steps" in fails("fit", "--resume", "out", "--steps", 3)
+    RunFolder("out").write("stopped")
+    assert "expected a run of gs2d train, got one of gs2d fit" in fails("train", "--resume", "out")
+    Path("out/checkpoint.safetensors").write_bytes(b"damaged")
+    assert "expected a checkpoint" in fails("fit", "--resume", "out")
+
+
+def test_a_known_scene_is_resumed_too(ctrl_c):
+    command = ["train", "--steps", 9, "--height", 12, "--width", 12, "--n-gaussians", 4, "--device", "cpu", "-q", "--densify-every-n-steps", 2]
+    succeeds(*command, "--out", "straight")
+    ctrl_c(5)
+    assert gs2d_(*command, "--out", "out").exit_code == 130
+    succeeds("train", "--resume", "out")
+    assert Path("out/scene.json").read_bytes() == Path("straight/scene.json").read_bytes()
+    assert sorted(path.name for path in Path("out").iterdir()) == COMPLETE
+
+
 # --- as a process ---
+
+
+def test_python_m_gs2d_is_the_command():
+    environment = {**os.environ, "PYTHONPATH": str(Path(gs2d.cli.__file__).parent.parent)}
+    done = subprocess.run([sys.executable, "-m", "gs2d", "--version"], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout) == (0, f"gs2d {__version__}\n"), done.stderr
 
 
 def test_ctrl_c_saves_what_there_is():

@@ -73,7 +73,8 @@ def render(
     check_suffix(path)
     gaussians = Gaussians2D.from_record(file)
     rows, columns = _size(file, height, width)
-    check_memory(rendering_bytes, len(gaussians), rows, columns, channels=file.colors.shape[1], blend=blend or file.blend)
+    look = dict(channels=file.colors.shape[1], blend=blend or file.blend)
+    check_memory(rendering_bytes, len(gaussians), rows, columns, **look)
     behind, transparent = None if background is None else color(background), file.colors.shape[1] == 4
     gaussians.to(resolve_device(device))
     with torch.no_grad():
