@@ -7,7 +7,6 @@ __all__ = ['main', 'gs2d']
 
 # %% ../nbs/workshop/cli.ipynb #app-imports
 # The commands are in gs2d.commands; here they become one.
-import sys
 from typing import Annotated
 
 import typer
@@ -53,7 +52,3 @@ def gs2d(
 
 for command in (fit, bench, train, render, info):
     main.command()(command)
-
-# %% ../nbs/workshop/cli.ipynb #end-code
-if __name__ == "__main__" and not hasattr(sys, "ps1"):  # not in a notebook
-    main(prog_name="gs2d")

@@ -583,7 +583,7 @@ def test_python_m_gs2d_is_the_command():
 
 def test_ctrl_c_saves_what_there_is():
     picture()
-    command = [sys.executable, "-m", "gs2d.cli", "fit", "photo.png", "--steps", "1000000", "--n-gaussians", "6", "--device", "cpu", "--out", "out"]
+    command = [sys.executable, "-m", "gs2d", "fit", "photo.png", "--steps", "1000000", "--n-gaussians", "6", "--device", "cpu", "--out", "out"]
     environment = {**os.environ, "PYTHONPATH": str(Path(gs2d.cli.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     try:

@@ -383,3 +383,16 @@ def test_ci_runs_the_tests():
 
 def test_nbdev_writes_no_pyproject():
     assert not (ROOT / "pyproject.toml").exists()
+
+
+def test_what_can_go_wrong_names_tests_that_exist():
+    page = json.loads((ROOT / "nbs/what_can_go_wrong.ipynb").read_text(encoding="utf-8"))
+    text = "".join("".join(cell["source"]) for cell in page["cells"])
+    rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith("| what happens")]
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    for row in rows:
+        named = re.findall(r"`(test_\w+)`", row)
+        assert named, f"no test in: {row}"
+        for name in named:
+            assert f"def {name}(" in tests, name
+    assert len(rows) > 20
