@@ -159,7 +159,7 @@ def restored(
     except ValueError as error:
         raise ValueError(checks.line(error)) from None
     except (TypeError, LookupError, AttributeError, ArithmeticError) as error:
-        raise ValueError(f"expected the checkpoint of a trainer, got another ({checks.line(error)})") from None
+        raise ValueError(f"expected the checkpoint of a trainer, got another ({checks.line(error, 160)})") from None
     trainer = make(truth, scene, config)
     for name, value in numbers.items():
         setattr(trainer, name, value)

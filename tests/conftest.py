@@ -1,10 +1,13 @@
 """What all tests share: no display, the same examples in every run, and a scene and a picture to try things on."""
 import os
+import signal
 
 import hypothesis
 import numpy as np
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a job in the background: some tests press Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Compiling a kernel takes seconds, so no deadline for an example; and what passes today must not fail tomorrow by chance.
 hypothesis.settings.register_profile("gs2d", deadline=None, derandomize=True)

@@ -90,7 +90,7 @@ class RunFolder:
             if not (known and isinstance(about["options"], dict) and isinstance(about["command"], str)):
                 raise ValueError(f"a file of another kind or version ({about['format']} {about['version']})")
         except (ValueError, LookupError, TypeError, RecursionError) as error:
-            raise ValueError(f"{path}: expected the state of a run, got {checks.line(error)}") from None
+            raise ValueError(f"{path}: expected the state of a run, got {checks.line(error, 160)}") from None
         return about
 
     def holds(self) -> list[str]:
