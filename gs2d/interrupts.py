@@ -21,7 +21,8 @@ class _Taker:
         self._before = None
 
     def __bool__(self) -> bool:
-        return bool(self.pressed)
+        "Whether Ctrl-C was pressed, in this block or in one around it."
+        return bool(self.pressed) or (isinstance(self._before, _Taker) and bool(self._before))
 
     def __enter__(self):
         before = signal.getsignal(signal.SIGINT)

@@ -118,6 +118,7 @@ def interrupts(n: int, seed: int = 0) -> collections.Counter:
                 counts["ended by run" if result.interrupted else "came to their end"] += 1
             except KeyboardInterrupt:  # just before `run` takes notice, or just after it
                 counts["at the edge of run"] += 1
+            counts["autograd left off"] += not torch.is_grad_enabled()  # a step turns it on for itself
             torch.set_grad_enabled(True)
             assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
             whole(trainer)

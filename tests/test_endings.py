@@ -322,3 +322,11 @@ def test_resuming_takes_another_picture_for_what_it_is(fits):
     process = start(fits.folder, "--resume", name)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 2 and "expected the picture that the run began with" in said, said
+
+
+def test_an_interrupt_before_the_first_step_is_not_forgotten(ctrl_c):
+    with signals.noted() as pressed:
+        with signals.held():  # as while a trainer is made
+            ctrl_c()
+        result = run(make_trainer(small()), progress=False)
+    assert pressed and result.interrupted and len(result.history) <= 1

@@ -91,16 +91,28 @@ def patient_streams() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
+@contextmanager
+def _told_early() -> Iterator[None]:
+    "A Ctrl-C that a command does not answer itself comes before anything is written."
+    try:
+        yield
+    except KeyboardInterrupt:
+        say("stopped; nothing was written")
+        raise typer.Exit(interrupts.exit_status()) from None
+
+
 class Commands(TyperGroup):
     "Commands whose errors are one line on stderr and exit status 2, and that put their work away before they end."
 
+    def make_context(self, *args, **options):
+        "Read the command line."
+        with _told_early():
+            return super().make_context(*args, **options)
+
     def invoke(self, ctx):
-        "Call the command; a Ctrl-C that it does not answer itself came before anything was written."
-        try:
+        "Call the command."
+        with _told_early():
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            say("stopped; nothing was written")
-            raise typer.Exit(interrupts.exit_status()) from None
 
     def main(self, *args, **options):
         "Run, and leave with the exit status."
@@ -108,11 +120,11 @@ class Commands(TyperGroup):
             try:
                 status = super().main(*args, **{**options, "standalone_mode": False})
             except (_UsageError, *_FAILURES, SystemError, KeyboardInterrupt) as error:
-                if len(told.heard) < 2:
-                    if isinstance(error, (SystemError, KeyboardInterrupt)):
-                        raise
-                    say(f"error: {explain(error)}")
-                status = told.status if len(told.heard) > 1 else 2
+                ended = isinstance(error, (typer.Abort, SystemError, KeyboardInterrupt)) or len(told.heard) > 1
+                if ended and not told.heard:
+                    raise
+                say("stopped" if ended else f"error: {explain(error)}")
+                status = told.status if ended else 2
         sys.exit(status or 0)
 
 # %% ../../nbs/workshop/cli_shared.ipynb #folder-code
