@@ -16,11 +16,12 @@ TWO   := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help run test test-notebooks test-lessons test-units test-wheel fuzz lessons export readme docs bench bench-quality browser clean distclean
+.PHONY: help run test test-notebooks test-lessons test-units test-wheel fuzz endings lessons export readme docs bench bench-quality browser clean distclean
 
 help:
 	@echo "make run        fit the default photograph (another: make run ARGS=\"photo.jpg --steps 500\")"
 	@echo "make test       check everything: notebooks and modules, lessons, tests, wheel"
+	@echo "make endings    end 2,000 fits and 100 commands at random moments, and fill the disk of 100 more"
 	@echo "make fuzz       try strange input on everything that reads (a time: make fuzz ARGS=\"--minutes 30\")"
 	@echo "make lessons    open the lessons in JupyterLab"
 	@echo "make export     write the modules and README.md from the notebooks, and clean the notebooks"
@@ -75,6 +76,11 @@ test-units: $(DEV) browser
 
 test-wheel: $(DEV)      # the wheel installs in a fresh environment, and a short fit runs there
 	$(TOOLS) python tests/check_wheel.py
+
+endings: $(DEV)         # ends with status 1 at the first thing that is torn or lost; takes half an hour
+	$(TOOLS) $(TWO) python tests/endings.py interrupts 2000
+	$(TOOLS) $(TWO) python tests/endings.py kills 100
+	$(TOOLS) $(TWO) python tests/endings.py full 100
 
 fuzz: $(DEV)            # ends with status 1 if an input was neither read nor clearly refused; those are in fuzz-out/
 	$(TOOLS) $(TWO) python tests/fuzz.py $(ARGS)
