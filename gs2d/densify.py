@@ -193,7 +193,7 @@ def _clone_and_split(
 ) -> Rows:
     "Survivors, then copies, then the children: first one of each pair, then the other."
     n_kept, factor = int(keep.sum()), config.split_factor
-    room = max(0, min(config.max_gaussians - n_kept, math.ceil(config.growth * n_kept)))
+    room = max(0, math.ceil(min(config.max_gaussians - n_kept, config.growth * n_kept)))
     seen = room > 0 and isinstance(scene, Gaussians2D) and state.image is not None and state.target is not None
     worth = error_under(scene, state.image, state.target) if seen else None
     chosen = _choose(state, keep, config.grad_threshold, room, worth)
@@ -332,8 +332,8 @@ class ErrorGrowth:
             raise ValueError(f"expected image and target of one shape, got {shapes}")
         stay = keep.nonzero()[:, 0]
         room = max(0, self.max_gaussians - len(stay))
-        growth = self.growth if rounds == 1 else (1 + self.growth) ** rounds - 1
-        n = min(room, math.ceil(growth * len(stay)))
+        new = (self.growth if rounds == 1 else math.prod([1 + self.growth] * rounds) - 1) * len(stay)
+        n = room if new >= room else math.ceil(new)
         added = _sample_error(scene, state, n)
         values = {name: torch.cat([old[stay], added[name]]) for name, old in scene.named_parameters()}
         source = torch.cat([stay, stay.new_full((len(added["means"]),), -1)])

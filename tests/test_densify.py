@@ -12,6 +12,7 @@ from gs2d.densify import (
 from gs2d.gaussians import MAX_ALPHA, PARAMETER_NAMES, Blend, Domain2D, Gaussians2D
 from gs2d.ground_truth import GroundTruth
 from gs2d.renderer import render
+from gs2d.train import TrainConfig, make_trainer
 
 ADAMS = [dict(), dict(foreach=True), dict(fused=True), dict(amsgrad=True)]
 SUMS = [Blend.WEIGHTED, Blend.ADDITIVE]
@@ -726,3 +727,15 @@ def test_densify_says_what_it_expected():
     with pytest.raises(ValueError, match="of one shape"):
         densify(scene, None, state, ErrorGrowth())
     assert len(scene) == 4 and state.counts.sum() == 4  # a refused call changes nothing
+
+
+@pytest.mark.parametrize("growth", [1e300, 1.7e308])
+@pytest.mark.parametrize("rounds", [1, 3, 400])
+def test_a_growth_beyond_all_numbers_stops_at_the_most_there_may_be(growth, rounds):
+    truth = GroundTruth.random(5, 16, 16)
+    config = TrainConfig(n_gaussians=5, height=16, width=16, n_iterations=rounds + 1, device="cpu",
+                         densify=ErrorGrowth(max_gaussians=9, growth=growth, rounds=rounds))
+    trainer = make_trainer(config, ground_truth=truth)
+    list(trainer)
+    assert len(trainer.scene) == 9
+    list(make_trainer(dataclasses.replace(config, densify=DensifyConfig(growth=growth, every_n_steps=1)), ground_truth=truth))
