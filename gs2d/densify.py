@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from . import checks
 from .gaussians import MAX_ALPHA, Blend, Gaussians2D
 from .growth import DensificationState, Growth, Rows, replace_rows
+from .memory import check_memory, training_bytes
 from .renderer import project, rasterize
 
 # %% ../nbs/05_densify.ipynb #shared-opacity
@@ -332,8 +333,10 @@ class ErrorGrowth:
             raise ValueError(f"expected image and target of one shape, got {shapes}")
         stay = keep.nonzero()[:, 0]
         room = max(0, self.max_gaussians - len(stay))
-        new = (self.growth if rounds == 1 else math.prod([1 + self.growth] * rounds) - 1) * len(stay)
+        finite = rounds * math.log1p(self.growth) < 600
+        new = (self.growth if rounds == 1 else (1 + self.growth) ** rounds - 1 if finite else 1e300) * len(stay)
         n = room if new >= room else math.ceil(new)
+        check_memory(training_bytes, len(stay) + n, *state.image.shape[:2], channels=state.image.shape[2])
         added = _sample_error(scene, state, n)
         values = {name: torch.cat([old[stay], added[name]]) for name, old in scene.named_parameters()}
         source = torch.cat([stay, stay.new_full((len(added["means"]),), -1)])

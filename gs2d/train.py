@@ -115,9 +115,9 @@ def _update(trainer: "Trainer") -> None:
     broadest = trainer.scene.log_scales.amax() if len(trainer.scene) else torch.zeros(())
     largest, broadest = torch.stack([_largest(parameters), broadest]).tolist()
     if not math.isfinite(largest) or broadest > MAX_LOG_SCALE:
-        got = f"a log-scale of {broadest:g}" if math.isfinite(largest) else "a parameter that is not"
-        wrong = f"expected finite parameters after the update, got {got}"
-        raise FloatingPointError(f"step {trainer.steps_done}: {wrong}. {_take_back(trainer)}")
+        got = f"a log-scale of {broadest:g}" if math.isfinite(largest) else "one that is not"
+        wrong = f"step {trainer.steps_done}: expected finite parameters after the update, got {got}"
+        raise FloatingPointError(f"{wrong}. {_take_back(trainer)}")
 
 # %% ../nbs/06_train.ipynb #parts-densify
 def _grow(trainer: "Trainer") -> None:
@@ -216,13 +216,15 @@ class Trainer:
             self.optimizer.zero_grad()
             loss.backward()
             self.image = image.detach()
-            loss_value, psnr_value = _measure(self, loss)
+            value, decibels = _measure(self, loss)
             _update(self)
             self.steps_done += 1
             self._count(spent, start)
-            _grow(self)
-            step_ms, self._warm = 1000 * self._count(spent, start), True
-            self.history.append(StepRecord(self.steps_done - 1, loss_value, psnr_value, lr, len(self.scene), step_ms))
+            try:
+                _grow(self)
+            finally:  # a growth that fails leaves a whole trainer: the step itself is done
+                step_ms, self._warm = 1000 * self._count(spent, start), True
+                self.history.append(StepRecord(self.steps_done - 1, value, decibels, lr, len(self.scene), step_ms))
             return self.history[-1]
 
     def _count(self, spent: float, start: float) -> float:
@@ -331,10 +333,7 @@ def make_trainer(
     *,
     ground_truth: GroundTruth | None = None,  # None: a random scene drawn from config.seed
 ) -> Trainer:
-    """A trainer at its first step: the ground truth, and a scene that starts as `config.init_level` says.
-
-    MemoryError, before anything is allocated, where the machine does not have the memory that the run needs.
-    """
+    "A trainer at its first step. MemoryError, before anything is allocated, where the run needs more than there is."
     height, width, channels = (config.height, config.width, 3) if ground_truth is None else ground_truth.image.shape
     if resolve_device(config.device).type == "cpu":
         more = dict(blend=config.blend or Blend.WEIGHTED, content=config.init_level is InitLevel.CONTENT)

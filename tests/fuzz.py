@@ -257,6 +257,10 @@ class Checkpoints:
                 trainer.step()
         except FloatingPointError as error:  # absurd numbers, each of them finite: said by the step, which changes nothing
             raise ValueError(str(error)) from None
+        except MemoryError as error:  # a growth that the machine cannot hold: said before anything is allocated
+            if "would fit" not in str(error):
+                raise
+            raise ValueError(str(error)) from None
 
 
 # ── pictures ──────────────────────────────────────────────────────────────────

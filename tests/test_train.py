@@ -970,3 +970,19 @@ def test_a_loss_of_ones_own_is_called_before_the_run_and_not_in_the_middle():
     with pytest.raises(ZeroDivisionError):
         trainer.update(loss=lambda image, target: 1 / 0)
     assert len(list(trainer)) == trainer.config.n_iterations  # it goes on as it was
+
+
+def test_a_growth_that_fails_leaves_a_whole_trainer(tmp_path, monkeypatch):
+    trainer = new_trainer(change(densify=BY_ERROR))
+
+    def no_room(*arguments, **options):
+        raise MemoryError("about 10 would fit")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gs2d.densify.check_memory", no_room)
+        with pytest.raises(MemoryError):
+            list(trainer)
+    assert len(trainer.history) == trainer.steps_done > 0
+    again = Trainer.load(trainer.save(tmp_path / "run.safetensors"))
+    list(again)
+    assert again.progress == 1

@@ -67,14 +67,14 @@ def one_run(
     try:
         try:
             result = run(trainer, *_film(video), *around, progress=not quiet)
-        except FloatingPointError:
+        except (FloatingPointError, MemoryError):
             raise
         except Exception as error:
             if video is None or trainer.steps_done == start:
                 raise
             failure = ValueError(f"the video could not be written ({explain(error)})")
             result = run(trainer, *around, progress=not quiet)
-    except FloatingPointError as error:
+    except (FloatingPointError, MemoryError) as error:
         return trainer.result(), error
     if result.interrupted:
         _save(trainer, checkpoint)
