@@ -44,7 +44,7 @@ def training_bytes(
     padding = 40 if channels % 3 else 0  # a group that is not full is copied into one that is
     step = (340 + 40 * channels + 100 * groups) * n + (16 * channels + 52 * groups + padding) * pixels
     unreturned = 50 * min(channels * pixels, _SMALL)
-    start = 400 * n + (30 * channels + 110) * pixels + unreturned if content else 0
+    start = 400 * n + (30 * channels + 140) * pixels + unreturned if content else 0
     score = kept + max(1700 * n, 140 * channels * pixels + unreturned) if scored else 0
     return _BASE + max(step, start, score)
 
