@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from . import checks
 from .gaussians import MAX_ALPHA, Blend, Gaussians2D
 from .growth import DensificationState, Growth, Rows, replace_rows
-from .memory import check_memory, training_bytes
+from .memory import check_growth
 from .renderer import project, rasterize
 
 # %% ../nbs/05_densify.ipynb #shared-opacity
@@ -336,7 +336,7 @@ class ErrorGrowth:
         finite = rounds * math.log1p(self.growth) < 600
         new = (self.growth if rounds == 1 else (1 + self.growth) ** rounds - 1 if finite else 1e300) * len(stay)
         n = room if new >= room else math.ceil(new)
-        check_memory(training_bytes, len(stay) + n, *state.image.shape[:2], channels=state.image.shape[2])
+        check_growth(len(scene), max(1, len(stay) + n), *state.image.shape)
         added = _sample_error(scene, state, n)
         values = {name: torch.cat([old[stay], added[name]]) for name, old in scene.named_parameters()}
         source = torch.cat([stay, stay.new_full((len(added["means"]),), -1)])

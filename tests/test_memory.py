@@ -134,3 +134,11 @@ def test_control_groups_of_both_versions_are_read_with_those_around_them(line, f
     (inner.parent / usage).write_text("4900\n")
     assert free() == [6000, 100]
     assert memory._free_in_groups(tmp_path / "none", tmp_path) == []
+
+
+def test_what_a_run_has_taken_already_is_not_asked_for_again(monkeypatch):
+    whole, half = training_bytes(10**6, 64, 64), training_bytes(5 * 10**5, 64, 64)
+    monkeypatch.setattr(memory, "available_bytes", lambda: whole - half)  # the rest of the machine is this run's
+    memory.check_growth(5 * 10**5, 10**6, 64, 64, 3)
+    with pytest.raises(MemoryError, match="would fit"):
+        memory.check_growth(5 * 10**5, 2 * 10**6, 64, 64, 3)

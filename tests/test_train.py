@@ -979,7 +979,7 @@ def test_a_growth_that_fails_leaves_a_whole_trainer(tmp_path, monkeypatch):
         raise MemoryError("about 10 would fit")
 
     with monkeypatch.context() as patch:
-        patch.setattr("gs2d.densify.check_memory", no_room)
+        patch.setattr("gs2d.densify.check_growth", no_room)
         with pytest.raises(MemoryError):
             list(trainer)
     assert len(trainer.history) == trainer.steps_done > 0
