@@ -689,7 +689,7 @@ def test_ctrl_c_in_a_benchmark_says_what_is_written(steps, kept, ctrl_c):
 
 
 def test_nothing_heavy_is_imported_for_help():
-    light = {"os", "re", "shutil", "hashlib", "interrupts", "runs", "sys", "tempfile", "collections", "contextlib", "datetime", "itertools", "pathlib", "typing", "typer", "checks", "commands", "shared", "fits", "scenes"}
+    light = {"io", "os", "re", "shutil", "hashlib", "interrupts", "runs", "sys", "tempfile", "collections", "contextlib", "datetime", "itertools", "pathlib", "typing", "typer", "checks", "commands", "shared", "fits", "scenes"}
     for module in (gs2d.cli, *(sys.modules[f"gs2d.commands.{name}"] for name in ("shared", "runs", "fits", "scenes"))):
         for node in ast.parse(Path(module.__file__).read_text(encoding="utf-8")).body:
             if isinstance(node, ast.Import):

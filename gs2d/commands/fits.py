@@ -8,6 +8,7 @@ __all__ = ['fit', 'bench', 'train']
 # %% ../../nbs/workshop/cli_fits.ipynb #fits-imports
 # What is heavy is imported where a command needs it.
 import hashlib
+import io
 from pathlib import Path
 from typing import Annotated
 
@@ -210,7 +211,8 @@ def bench(
         if means:
             curve = [(row["n_gaussians"], row["psnr"]) for row in means]
             figure = measure.rate_quality({f"gs2d, {len(pictures)} pictures": curve} | published)
-            figure.savefig(results / "bench.png")
+            figure.savefig(file := io.BytesIO(), format="png")
+            atomic_write(results / "bench.png", file.getvalue())
     typer.echo(f"results in {results}")
     fits = [row for row in rows if row["picture"] != "mean"]
     if failed := [row for row in fits if row["error"]]:
