@@ -32,6 +32,7 @@ setup(
         "Topic :: Scientific/Engineering :: Image Processing",
     ],
     packages=find_packages(include=["gs2d", "gs2d.*"]),
+    package_data={"gs2d.show": ["*.js", "*.css", "*.html", "*.txt"]},
     python_requires=">=" + project["min_python"],
     install_requires=project["requirements"].split(),
     extras_require={"dev": project["dev_requirements"].split()},

@@ -47,8 +47,8 @@ def main() -> None:
         run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", ROOT, show=False)
         (wheel,) = (folder / "dist").glob("*.whl")
         packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-        modules = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("gs2d/**/*.py")}
-        expect(packed == modules, f"the wheel differs from gs2d/ in {sorted(packed ^ modules)}")
+        ours = {path.relative_to(ROOT).as_posix() for kind in ("py", "js", "css", "html", "txt") for path in ROOT.glob(f"gs2d/**/*.{kind}")}
+        expect(packed == ours, f"the wheel differs from gs2d/ in {sorted(packed ^ ours)}")
 
         venv.create(folder / "venv", with_pip=True)
         bin_folder = folder / "venv" / "bin"
