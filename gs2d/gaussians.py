@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from . import checks
 from .io.pictures import png_beside
-from .io.scenes import SceneRecord, read_scene, record_of, write_scene
+from .io.scene_record import SceneRecord, record_of
+from .io.scenes import read_scene, write_scene
 
 # %% ../nbs/00_gaussians.ipynb #cutoff
 PARAMETER_NAMES = ("means", "log_scales", "rotations", "opacity_logits", "colors")

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from gs2d.gaussians import (
     CUTOFF_POWER, CUTOFF_STD, PARAMETER_NAMES, Blend, Domain2D, Gaussians2D, conics, covariances, gaussian_weights)
-from gs2d.io.scenes import record_of
+from gs2d.io.scene_record import record_of
 
 
 def test_weight_is_one_at_the_centre_and_zero_beyond_the_cutoff():

@@ -20,7 +20,8 @@ from torch.testing import assert_close
 from gs2d.gaussians import WEIGHT_EPS, PARAMETER_NAMES, Blend, Domain2D, Gaussians2D, conics, gaussian_weights
 from gs2d.ground_truth import GroundTruth
 from gs2d.io.files import atomic_write
-from gs2d.io.scenes import BLENDS, FORMATS, read_scene, record_of, write_scene
+from gs2d.io.scene_record import BLENDS, record_of
+from gs2d.io.scenes import FORMATS, read_scene, write_scene
 from gs2d.renderer import render
 from gs2d.train import TrainConfig, train
 
