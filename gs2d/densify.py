@@ -245,7 +245,7 @@ def densify(
     if scene.blend == Blend.OVER:  # order is depth: a copy stays beside its parent, what is added goes in front
         rows = rows.reordered(rows.source.argsort(stable=True))
     replace_rows(scene, optimizer, rows)
-    state.reset(len(scene))
+    state.reset(len(scene), source=rows.source)
     n_added = int((rows.source < 0).sum())
     return DensifyReport(rows.n_cloned, rows.n_split, n_before - int(keep.sum()), n_added, len(scene))
 

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
+from .io.moments import recording_of
+from .io.pages import Page, page_bytes
 from .io.pictures import png_beside
 from .io.scene_record import SceneRecord, record_of
 from .io.scenes import read_scene, write_scene
@@ -234,6 +236,15 @@ class Gaussians2D(nn.Module):
         look = f"{Blend(self.blend).value}" + (f" on {self.background}" if any(self.background) else "")
         domain = f"x {self.domain.x_dim}, y {self.domain.y_dim}"
         return f"{len(self)} Gaussians, {domain}, {look}, {self.means.dtype}, {self.device}"
+
+    def show(
+        self,
+        target: Tensor | None = None,  # (H, W, C) the picture to reach, to compare with
+        height: int = 560,  # of the frame in the notebook, CSS pixels
+    ) -> Page:
+        "The scene to look around in: zoom, pan, point at a Gaussian. At the end of a cell it shows itself."
+        size = (None, None) if target is None else target.shape[:2]
+        return Page(page_bytes(recording_of(record_of(self, *size), target)), height)
 
     def _repr_png_(self) -> bytes:
         "The picture that Jupyter shows: the scene at thumbnail size, and its outlines."

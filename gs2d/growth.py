@@ -32,8 +32,14 @@ class DensificationState:
         self.generator = torch.Generator().manual_seed(checks.seed(seed))
         self.reset(n_gaussians, device)
 
-    def reset(self, n_gaussians: int, device: torch.device | str | None = None) -> None:
+    def reset(
+        self,
+        n_gaussians: int,
+        device: torch.device | str | None = None,  # None: where it was
+        source: Tensor | None = None,  # (n_gaussians,) after a round: the row that each row comes from, -1 for none
+    ) -> None:
         "Forget what was gathered, for a scene of `n_gaussians`. The generator goes on."
+        self.source = source  # of the last round, for who follows Gaussians through it
         device = self.norms.device if device is None else device
         zeros = partial(torch.zeros, dtype=torch.float32, device=device)
         self.norms = zeros(n_gaussians)  # (N,) sum of the gradients' norms

@@ -20,6 +20,7 @@ from torch import Tensor
 from .config import TrainConfig
 from .gaussians import Gaussians2D
 from .ground_truth import GroundTruth
+from .io.pages import Page
 from .io.pictures import png_bytes, to_pil, viewable
 from .results import save_results
 from .loss import psnr, ssim
@@ -98,6 +99,10 @@ class TrainResult:
     ) -> Tensor:  # (H, W, C), not clamped
         "The final scene at any size."
         return render(self.scene, height, width)
+
+    def show(self) -> Page:
+        "The final scene to look around in, beside its target (see `Gaussians2D.show`)."
+        return self.scene.show(viewable(self.ground_truth.image))
 
     def to_pil(self) -> Image.Image:
         "The final picture as an 8-bit Pillow image."

@@ -199,7 +199,7 @@ def test_the_suffix_may_be_in_capitals_and_a_missing_file_is_said(tmp_path):
 
 
 def test_the_names_of_the_blends_are_those_of_the_enum():
-    assert BLENDS == tuple(blend.value for blend in Blend) and list(FORMATS) == [".json"]
+    assert BLENDS == tuple(blend.value for blend in Blend) and list(FORMATS) == [".json", ".html"]
 
 
 # ── what `save` writes, `load` reads ──────────────────────────────────────────

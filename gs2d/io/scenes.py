@@ -12,12 +12,14 @@ from pathlib import Path
 
 from ..checks import line
 from .files import atomic_write
+from .pages import from_html, to_html
 from .scene_json import from_json, to_json
 from .scene_record import SceneRecord, checked_record
 
 # %% ../../nbs/workshop/scenes.ipynb #file-formats
 FORMATS: dict[str, tuple[Callable[[bytes], SceneRecord], Callable[[SceneRecord], bytes]]] = {
     ".json": (from_json, to_json),  # suffix -> reader, writer
+    ".html": (from_html, to_html),  # rounded to what the eye needs
 }
 
 
