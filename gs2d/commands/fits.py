@@ -33,6 +33,8 @@ _Background = Annotated[str, typer.Option(
          "#ff8800.")]
 _Video = Annotated[Path | None, typer.Option(
     metavar="FILE", help="Film the training: .webm, .mp4, .gif, or a folder of pictures.")]
+_Replay = Annotated[Path | None, typer.Option(
+    metavar="FILE.html", help="A page that plays the training in any browser.")]
 _Quality = Annotated[str, typer.Option(
     help="draft (300 steps, a Gaussian for every 80 pixels), good (2,000, 40) or best (8,000, 20): what is not given "
          "below. On two cores, 768×512 pixels take about 2 s, 16 s or 90 s.")]
@@ -53,6 +55,12 @@ def _loss(name: str) -> str:
     return checks.one_of("--loss", name, LOSSES)
 
 # %% ../../nbs/workshop/cli_fits.ipynb #fit-work
+def _shown(options: dict, source: Path | None = None) -> dict[str, Path]:
+    "What is to be made of the training, and where: there must be a place for it."
+    paths = {name: options[name] for name in ("video", "replay") if options[name] is not None}
+    return {name: check_output(f"--{name}", path, options["overwrite"], source) for name, path in paths.items()}
+
+
 def _picture(options: dict, run, checksum: str | None):
     "The ground truth of a fit: from a checkpoint of the run, or from the picture, which must be the one it was."
     from gs2d.fit import default_portrait, photo_target
@@ -77,20 +85,19 @@ def _fit(options: dict, resume: Path | None) -> None:
     from gs2d.memory import check_memory, training_bytes
     from gs2d.train import make_trainer
 
-    given = {name: options[name] for name in ("target_psnr", "n_gaussians", "seconds", "video")}
+    given = {name: options[name] for name in ("target_psnr", "n_gaussians", "seconds", "video", "replay")}
     only_one(**given)
     if options["target_psnr"] is not None:
         checks.number("target_psnr", options["target_psnr"], highest=100, above=True)
     only_one(seconds=options["seconds"], steps=options["steps"])
     only_one(video=options["video"], alpha=options["alpha"] or None)
-    photo, video, quiet, every = (options[name] for name in ("photo", "video", "quiet", "checkpoint_every"))
+    photo, quiet, every = (options[name] for name in ("photo", "quiet", "checkpoint_every"))
     recipe = {name: options[name] for name in ("steps", "seed", "device", "quality")} | {"loss": _loss(options["loss"])}
     checksum = RunFolder(resume).read().get("picture_sha256") if resume else None
     overwrite, source = options["overwrite"], None if photo is None else Path(photo)
     with run_folder(resume or options["out"], HELD, overwrite or resume is not None, source) as run:
         truth, checksum = _picture(options, run, checksum)
-        if video is not None:
-            check_output("--video", video, overwrite, source)
+        shown = _shown(options, source)
         config = fit_config(truth.height, truth.width, options["n_gaussians"], seconds=options["seconds"], **recipe)
         need = dict(channels=truth.image.shape[-1], blend=truth.blend, scored=True)
         check_memory(training_bytes, config.n_gaussians, truth.height, truth.width, **need)
@@ -100,14 +107,14 @@ def _fit(options: dict, resume: Path | None) -> None:
 
         def work():
             if options["target_psnr"] is None:
-                return one_run(lambda: make_trainer(config, ground_truth=truth), run.checkpoint, every, video, quiet)
+                return one_run(lambda: make_trainer(config, ground_truth=truth), run.checkpoint, every, shown, quiet)
             tell = (lambda line: None) if quiet else say
             return search_run(
                 lambda config: make_trainer(config, ground_truth=truth),
                 lambda fit: fit_to_target(truth, options["target_psnr"], fit, tell=tell, **recipe), run.fits, every)
 
         about = dict(command="fit", options=plain_options(options), picture_sha256=checksum)
-        carry_out(run, about, work, video, resume is not None)
+        carry_out(run, about, work, shown, resume is not None)
 
 # %% ../../nbs/workshop/cli_fits.ipynb #fit-code
 def fit(
@@ -133,6 +140,7 @@ def fit(
     checkpoint_every: Every = None,
     resume: Resume = None,
     video: _Video = None,
+    replay: _Replay = None,
     quiet: _Quiet = False,
 ) -> None:
     """Fit 2D Gaussians to a photograph.
@@ -148,6 +156,7 @@ def fit(
       gs2d fit photo.jpg --target-psnr 32
       gs2d fit logo.png --alpha
       gs2d fit photo.jpg --video training.webm
+      gs2d fit photo.jpg --replay training.html
       gs2d fit --resume results
     """
     from gs2d.io.runs import RunFolder
@@ -312,6 +321,7 @@ def train(
     checkpoint_every: Every = None,
     resume: Resume = None,
     video: _Video = None,
+    replay: _Replay = None,
     quiet: _Quiet = False,
 ) -> None:
     """Train on a random scene whose every parameter is known.
@@ -334,8 +344,7 @@ def train(
     only_one(seconds=options["seconds"], n_iterations=options["n_iterations"])
     config, every = _train_config(options), options["checkpoint_every"]
     with run_folder(resume or out, HELD, overwrite or resume is not None) as run:
-        if video is not None:
-            check_output("--video", video, overwrite)
+        shown = _shown(ctx.params)
         about = dict(command="train", options=plain_options(options))
-        work = lambda: one_run(lambda: make_trainer(config), run.checkpoint, every, video, quiet)  # noqa: E731
-        carry_out(run, about, work, video, resume is not None)
+        work = lambda: one_run(lambda: make_trainer(config), run.checkpoint, every, shown, quiet)  # noqa: E731
+        carry_out(run, about, work, shown, resume is not None)

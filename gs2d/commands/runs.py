@@ -54,7 +54,7 @@ def one_run(
     make: Callable,  # of no arguments: the trainer at its first step
     checkpoint: Path,  # where the trainer is, if it is not at its first step; and where it is saved
     every: str | None,  # how often, as the option says
-    video: Path | None,
+    shown: dict[str, Path],  # "video", "replay": what is to be made of the training, and where
     quiet: bool,
 ) -> tuple:  # a TrainResult, and the error that spoiled something, or None
     "All steps of a trainer, from where it is; interrupted, it is saved."
@@ -66,13 +66,13 @@ def one_run(
     around, failure, start = _keeping(checkpoint, every), None, trainer.steps_done
     try:
         try:
-            result = run(trainer, *_film(video), *around, progress=not quiet)
+            result = run(trainer, *_films(shown), *around, progress=not quiet)
         except (FloatingPointError, MemoryError):
             raise
         except Exception as error:
-            if video is None or trainer.steps_done == start:
+            if not shown or trainer.steps_done == start:
                 raise
-            failure = ValueError(f"the video could not be written ({explain(error)})")
+            failure = ValueError(f"the {' and the '.join(shown)} could not be written ({explain(error)})")
             result = run(trainer, *around, progress=not quiet)
     except (FloatingPointError, MemoryError) as error:
         return trainer.result(), error
@@ -81,12 +81,18 @@ def one_run(
     return result, failure
 
 
-def _film(video: Path | None) -> list[Callable]:
-    if video is None:
-        return []
-    from gs2d.show.film import film
+def _films(shown: dict[str, Path]) -> list[Callable]:
+    "The wrappers that look at the training."
+    wrappers = []
+    if "video" in shown:
+        from gs2d.show.film import film
 
-    return [film(video)]
+        wrappers.append(film(shown["video"]))
+    if "replay" in shown:
+        from gs2d.show.viewer import replay
+
+        wrappers.append(replay(shown["replay"]))
+    return wrappers
 
 
 def _save(trainer, path: Path) -> None:
@@ -154,7 +160,7 @@ def carry_out(
     run,  # the RunFolder, locked
     about: dict,  # what it takes to resume: command, options, and the checksum of the picture
     work: Callable,  # of no arguments: a TrainResult, and what went wrong, or None
-    video: Path | None,
+    shown: dict[str, Path],  # as for `one_run`
     resumed: bool,
 ) -> None:
     "Do the work, save its results, say how good they are; and leave with the status that fits."
@@ -181,7 +187,8 @@ def carry_out(
         raise typer.Exit(interrupts.exit_status()) from None
     typer.echo(f"PSNR {result.psnr:.2f} dB, SSIM {result.ssim:.4f}")
     typer.echo(f"{len(result.scene):,} Gaussians, {len(result.history):,} steps, {result.timing.summary()}")
-    typer.echo(f"results in {run.path}" + (f", the video in {video}" if video and not failure else ""))
+    beside = "" if failure else "".join(f", the {name} in {path}" for name, path in shown.items())
+    typer.echo(f"results in {run.path}{beside}")
     if failure:
         raise ValueError(f"{explain(failure)}; what there was is saved")
     if result.interrupted:
@@ -194,7 +201,7 @@ def carry_out(
         raise typer.Exit(interrupts.exit_status())
 
 # %% ../../nbs/workshop/cli_runs.ipynb #resume
-_ANEW = ("resume", "video", "quiet", "checkpoint_every")
+_ANEW = ("resume", "video", "replay", "quiet", "checkpoint_every")
 
 
 def resumed_options(
@@ -217,5 +224,5 @@ def resumed_options(
 
 def plain_options(params: dict) -> dict:
     "The options of a command as JSON can hold them, for the folder of its run: paths are absolute."
-    kept = {name: value for name, value in params.items() if name not in (*_ANEW[:3], "out", "overwrite")}
+    kept = {name: value for name, value in params.items() if name not in (*_ANEW[:4], "out", "overwrite")}
     return {name: str(value.absolute()) if isinstance(value, Path) else value for name, value in kept.items()}
