@@ -60,7 +60,8 @@ def raw_values(
     logits = torch.logit(record.opacities).clamp(-_MOST_LOGIT, _MOST_LOGIT)
     rotations = record.rotations % math.pi if half_turns else record.rotations
     values = (record.means, record.scales.log(), rotations, logits, record.colors)
-    return {name: value.reshape(len(record.means), -1).numpy() for name, value in zip([*CHANNELS, "colors"], values)}
+    columns = (value if value.ndim == 2 else value[:, None] for value in values)
+    return {name: value.numpy() for name, value in zip([*CHANNELS, "colors"], columns)}
 
 
 def recording_of(record: SceneRecord, target: Tensor | None = None, title: str = "") -> Recording:

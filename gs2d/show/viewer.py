@@ -46,7 +46,7 @@ class Family:
         stays &= np.maximum.accumulate(np.where(stays, source, -1)) == source  # in the order they had
         new = self._born + np.arange(len(source))
         self._born += len(source)
-        ids = np.where(stays, self.ids[source], new)
+        ids = np.where(stays, np.append(self.ids, -1)[source], new)
         self.parents |= {int(ids[k]): int(self.ids[source[k]]) for k in np.flatnonzero(~stays & (source >= 0))}
         self.order, self.ids = _merged(self.order, ids.tolist(), set(ids[stays].tolist())), ids
 
@@ -97,13 +97,13 @@ class Recorder:
         "To be called before the first step and after each: follows who is born, and keeps the moment if it is due."
         if self._trainer is not trainer:
             self._trainer, self._family = trainer, Family(len(trainer.scene))
-            self._moments, self._due, self._grown = [], 0.0, trainer.densification.source
+            self._moments, self._due = [], 0.0
+            self._step, self._grown = trainer.steps_done, trainer.densification.source
         source = trainer.densification.source
         if source is not None and source is not self._grown:
-            self._family.follow(source.cpu().numpy())
-        self._grown = source
-        if len(self._family.ids) != len(trainer.scene):  # steps were taken that were not shown here
-            self._family.follow(np.full(len(trainer.scene), -1))
+            seen = trainer.steps_done <= self._step + 1  # otherwise rounds may have passed unseen: all are strangers
+            self._family.follow(source.cpu().numpy() if seen else np.full(len(source), -1))
+        self._step, self._grown = trainer.steps_done, source
         if trainer.progress >= self._due:
             self._keep(trainer)
 
