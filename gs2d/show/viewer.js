@@ -1,0 +1,992 @@
+// A scene, or the recording of a training, drawn in the browser: what `scene.show()` and `save_html` put in a page.
+//
+// Conventions, the same as gs2d.renderer's: the domain has y up; pixels have y down, and pixel (i, j) is sampled at
+// (j + ½, i + ½). A Gaussian is projected in float64 for every frame, so a deep zoom does not tremble, and is then
+// drawn by WebGL2 into float textures, or by plain JavaScript. The parts, in order: decode (bytes to numbers),
+// sceneAt (one moment), project (domain to screen), drawCPU and the two renderers, the Viewer, mount.
+// It fetches nothing, keeps nothing, and writes what a page says as text only.
+
+const FIELDS = { means: 2, log_scales: 2, rotations: 1, opacity_logits: 1, colors: 0 }; // name -> channels, 0: the page's
+const BLENDS = ["weighted", "additive", "over"];
+const LARGEST = 1e12; // as gs2d.gaussians.LARGEST: what is farther away or thinner is not drawn
+const DEEPEST = 1e11; // times: beyond it even float64 has no more digits for the centre of the view
+const STRIDE = 17; // numbers of a projected Gaussian, see `project`
+const clamp = (x, low, high) => Math.min(Math.max(x, low), high);
+const say = (x, digits = 3) => Number(x.toPrecision(digits)).toLocaleString("en", { maximumFractionDigits: 12 });
+const count = (n) => n.toLocaleString("en");
+
+// ---------------------------------------------------------------------------------------------------- the data
+
+/** What is wrong with a page, as one sentence for the person who opened it. */
+export class PageError extends Error {}
+const need = (truth, sentence) => { if (!truth) throw new PageError(sentence); };
+const DAMAGED = "This page is damaged: its data are not what its header says. Please save it again.";
+
+async function inflate(text) {
+  need(typeof DecompressionStream === "function", "This browser is too old to unpack the page: it has no DecompressionStream.");
+  try {
+    const packed = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+    const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
+    return new Uint8Array(await new Response(stream).arrayBuffer());
+  } catch {
+    throw new PageError(DAMAGED);
+  }
+}
+
+function checkHeader(page) {
+  need(page?.format === "gs2d-page", "This is not a gs2d page.");
+  need(page.version === 1, `This page has version ${page.version}; this viewer reads version 1. Please save it again.`);
+  const numbers = (list, n) => Array.isArray(list) && list.length === n && list.every(Number.isFinite);
+  const isInterval = (list) => numbers(list, 2) && list[0] < list[1];
+  const { n, channels, fields, constants } = page;
+  const rightField = (name, i) => {
+    const field = fields[i], c = FIELDS[name] || channels;
+    return field?.name === name && field.channels === c && numbers(field.low, c) && numbers(field.high, c)
+      && (field.bits === 32 || (Number.isInteger(field.bits) && field.bits >= 1 && field.bits <= 16));
+  };
+  need(Number.isInteger(n) && n >= 0 && [1, 3, 4].includes(channels) && BLENDS.includes(page.blend)
+    && isInterval(page.x_dim) && isInterval(page.y_dim) && numbers(page.background, channels)
+    && Array.isArray(page.moments) && page.moments.length > 0 && page.moments.length <= 65535
+    && ["cutoff_power", "floor", "eps", "max_alpha"].every((name) => Number.isFinite(constants?.[name]))
+    && Array.isArray(fields) && Object.keys(FIELDS).every(rightField) && typeof page.data === "string", DAMAGED);
+}
+
+/** The numbers of a page: who lives when, and for every parameter all its values, moment after moment. */
+export async function decode(page) {
+  checkHeader(page);
+  const bytes = await inflate(page.data), K = page.n, M = page.moments.length;
+  need(bytes.length >= 8 * K, DAMAGED);
+  const births = new Uint16Array(bytes.buffer, 0, K), deaths = new Uint16Array(bytes.buffer, 2 * K, K);
+  const parents = new Int32Array(bytes.buffer, 4 * K, K);
+  const starts = new Int32Array(M + 1); // where the values of a moment begin
+  for (let m = 0; m < M; m++) for (let k = 0, n = starts[m]; k < K; k++) starts[m + 1] = n += births[k] <= m && m < deaths[k];
+  const total = starts[M], size = page.fields.reduce((sum, f) => sum + f.channels * (f.bits === 32 ? 4 : 2), 0);
+  need(bytes.length === 8 * K + size * total, DAMAGED);
+
+  const ids = new Int32Array(total), before = new Int32Array(total); // whose value, and which one it is a change of
+  let last = new Int32Array(K).fill(-1);
+  for (let m = 0, i = 0; m < M; m++) {
+    const now = new Int32Array(K).fill(-1);
+    for (let k = 0; k < K; k++) {
+      if (births[k] > m || m >= deaths[k]) continue;
+      const parent = parents[k], orphan = births[k] < m || parent < 0;
+      need(parent >= -1 && parent < K && (orphan || (m > 0 && last[parent] >= 0)), DAMAGED);
+      ids[i] = k, before[i] = births[k] < m ? last[k] : orphan ? -1 : last[parent], now[k] = i++;
+    }
+    last = now;
+  }
+
+  const columns = []; // x, y, log σ₁, log σ₂, θ, opacity logit, colours: {values, low, step}
+  let at = 8 * K;
+  for (const { channels, low, high, bits } of page.fields) for (let c = 0; c < channels; c++) {
+    if (bits === 32) {
+      columns.push({ values: new Float32Array(bytes.buffer.slice(at, at += 4 * total)), low: 0, step: 1 });
+      continue;
+    }
+    const values = new Uint16Array(total);
+    for (let i = 0; i < total; i++) {
+      const zigzag = bytes[at + i] | (bytes[at + total + i] << 8);
+      values[i] = (before[i] < 0 ? 0 : values[before[i]]) + ((zigzag >> 1) ^ -(zigzag & 1));
+    }
+    at += 2 * total;
+    columns.push({ values, low: low[c], step: (high[c] - low[c]) / (2 ** bits - 1) });
+  }
+  if (page.channels === 1) columns.push(columns[6], columns[6]); // grey is shown as three equal colours
+  const background = page.channels === 1 ? Array(3).fill(page.background[0]) : page.background;
+  return { page, background, channels: background.length, moments: M, n: K, births, deaths, parents, starts, ids, columns };
+}
+
+/** The Gaussians at a moment; between two, on their way: the newborn come out of their parent, the dying fade. */
+export function sceneAt(data, moment) {
+  const t = clamp(moment, 0, data.moments - 1), m = Math.floor(t), f = t - m;
+  const rowsOf = (moment) => {
+    const rows = new Int32Array(data.n).fill(-1);
+    for (let i = data.starts[moment]; i < data.starts[moment + 1]; i++) rows[data.ids[i]] = i;
+    return rows;
+  };
+  const here = rowsOf(m), next = f ? rowsOf(m + 1) : here;
+  const ids = [], from = [], to = [], fades = [];
+  for (let k = 0; k < data.n; k++) {
+    if (here[k] < 0 && next[k] < 0) continue;
+    const old = here[k] >= 0, stays = next[k] >= 0, parent = data.parents[k];
+    const start = old ? here[k] : parent >= 0 ? here[parent] : -1;
+    ids.push(k), from.push(start < 0 ? next[k] : start), to.push(stays ? next[k] : here[k]);
+    fades.push(old && stays ? 1 : old ? 1 - f : f);
+  }
+  const columns = data.columns.map(({ values, low, step }) =>
+    Float64Array.from(ids, (_, i) => low + step * (values[from[i]] * (1 - f) + values[to[i]] * f)));
+  columns[5].forEach((logit, i, opacity) => { opacity[i] = fades[i] / (1 + Math.exp(-logit)); });
+  return { n: ids.length, ids: Int32Array.from(ids), columns, data };
+}
+
+/** Which rows are among the `shown` most important ones, by opacity · σ₁ · σ₂; null: all of them. */
+export function mostImportant(scene, shown) {
+  if (!(shown < scene.n)) return null;
+  const [, , log1, log2, , opacity] = scene.columns;
+  const importance = opacity.map((o, i) => Math.log(o) + log1[i] + log2[i]);
+  const order = Array.from(scene.ids.keys()).sort((i, j) => importance[j] - importance[i] || i - j);
+  const keep = new Uint8Array(scene.n);
+  for (const i of order.slice(0, shown)) keep[i] = 1;
+  return keep;
+}
+
+// -------------------------------------------------------------------------------------------------- projection
+
+/**
+ * The Gaussians that reach a frame {x, y, sx, sy, width, height, zoom}: its centre in domain units, pixels per unit.
+ *
+ * Points p are in pixels from the frame's centre, y down, and u = L p + u₀ is p in standard deviations from the mean,
+ * so that power = |u|². For each: [0, 6) the box, centre and two half axes; [6, 8) u₀; [8, 12) L; [12, 16) colour; opacity.
+ * A box much larger than the frame is cut to it, so that every number stays near the frame at any zoom.
+ */
+export function project(scene, frame, { size = 1, keep = null } = {}) {
+  const [x, y, log1, log2, turn, opacity, ...colors] = scene.columns, { constants } = scene.data.page;
+  const reach = Math.sqrt(constants.cutoff_power), { sx, sy, zoom = 1 } = frame, W = frame.width / 2, H = frame.height / 2;
+  const out = new Float64Array(STRIDE * scene.n), rows = new Int32Array(scene.n);
+  let n = 0;
+  for (let i = 0; i < scene.n; i++) {
+    if (keep && !keep[i]) continue;
+    const s1 = size * Math.exp(log1[i]), s2 = size * Math.exp(log2[i]), cos = Math.cos(turn[i]), sin = Math.sin(turn[i]);
+    const mx = (x[i] - frame.x) * sx, my = (frame.y - y[i]) * sy;
+    const ax = reach * s1 * cos * sx, ay = -reach * s1 * sin * sy, bx = -reach * s2 * sin * sx, by = -reach * s2 * cos * sy;
+    const wide = Math.hypot(ax, bx), high = Math.hypot(ay, by);
+    if (!(Math.abs(mx) <= W + wide && Math.abs(my) <= H + high)) continue; // also where a number is NaN
+    const l11 = cos / (s1 * sx), l12 = -sin / (s1 * sy), l21 = -sin / (s2 * sx), l22 = -cos / (s2 * sy);
+    if (!(l11 * l11 + l21 * l21 <= LARGEST && l12 * l12 + l22 * l22 <= LARGEST && s1 < 1e38 && s2 < 1e38)) continue;
+    if (!(Math.max(Math.abs(mx), Math.abs(my)) <= LARGEST * Math.max(1, zoom) && opacity[i] >= 0)) continue;
+    const at = STRIDE * n;
+    if (Math.max(wide, high) < 2 * (W + H)) {
+      out[at] = mx, out[at + 1] = my, out[at + 2] = ax, out[at + 3] = ay, out[at + 4] = bx, out[at + 5] = by;
+    } else {
+      const left = Math.max(-W, mx - wide), right = Math.min(W, mx + wide);
+      const top = Math.max(-H, my - high), bottom = Math.min(H, my + high);
+      out[at] = (left + right) / 2, out[at + 1] = (top + bottom) / 2, out[at + 2] = (right - left) / 2, out[at + 5] = (bottom - top) / 2;
+    }
+    const dx = frame.x - x[i], dy = frame.y - y[i]; // in domain units: exact where a pixel would not be
+    out[at + 6] = (cos * dx + sin * dy) / s1, out[at + 7] = (cos * dy - sin * dx) / s2;
+    out[at + 8] = l11, out[at + 9] = l12, out[at + 10] = l21, out[at + 11] = l22, out[at + 16] = opacity[i];
+    for (let c = 0; c < colors.length; c++) out[at + 12 + c] = colors[c][i];
+    if (colors.every((color) => Number.isFinite(color[i]))) rows[n++] = i;
+    else out.fill(0, at, at + STRIDE);
+  }
+  return { n, rows: rows.subarray(0, n), values: out, frame, data: scene.data };
+}
+
+// ----------------------------------------------------------------------------------------------------- drawing
+
+/** RGBA bytes of projected Gaussians, row 0 on top; with four channels the colours are times alpha, as in `render`. */
+export function drawCPU({ n, values, frame, data }) {
+  const { background, channels: C, page: { blend, constants } } = data, { cutoff_power: cutoff, floor, eps } = constants;
+  const { width, height } = frame, W = width / 2, H = height / 2, over = blend === "over", cells = C + 1;
+  const sums = new Float32Array(width * height * cells); // the colours, then Σ o w', or what light is left
+  if (over) for (let p = C; p < sums.length; p += cells) sums[p] = 1;
+  for (let i = 0; i < n; i++) {
+    const [x, y, ax, ay, bx, by, u1, u2, l11, l12, l21, l22, red, green, blue, fourth, opacity] = values.subarray(STRIDE * i);
+    const strength = opacity / (1 - floor), a = l11 * l11 + l21 * l21, q = Math.exp(-a), high = Math.hypot(ay, by);
+    const bottom = Math.min(height, Math.floor(y + high + H + 0.5)), wide = Math.hypot(ax, bx);
+    for (let row = Math.max(0, Math.ceil(y - high + H - 0.5)); row < bottom; row++) {
+      const py = row + 0.5 - H, k1 = l12 * py + u1, k2 = l22 * py + u2; // power = |(l11, l21) x + (k1, k2)|²
+      const cross = l11 * k2 - l21 * k1, inside = a * cutoff - cross * cross;
+      if (!(inside >= 0)) continue;
+      const middle = -(l11 * k1 + l21 * k2) / a, half = Math.sqrt(inside) / a;
+      const first = Math.max(0, Math.ceil(Math.max(middle - half, x - wide - 1) + W - 0.5));
+      const end = Math.min(width, Math.floor(Math.min(middle + half, x + wide + 1) + W - 0.5) + 1);
+      const v1 = l11 * (first + 0.5 - W) + k1, v2 = l21 * (first + 0.5 - W) + k2;
+      let w = Math.exp(-0.5 * (v1 * v1 + v2 * v2)), ratio = Math.exp(-0.5 * a - (l11 * v1 + l21 * v2));
+      for (let p = cells * (row * width + first), stop = cells * (row * width + end); p < stop; p += cells) {
+        let share = strength * (w > floor ? w - floor : 0);
+        w *= ratio, ratio *= q; // exp of a square, one pixel on
+        if (over) {
+          share = Math.min(share, constants.max_alpha) * sums[p + C];
+          sums[p + C] -= share;
+        } else sums[p + C] += share;
+        sums[p] += share * red, sums[p + 1] += share * green, sums[p + 2] += share * blue;
+        if (C === 4) sums[p + 3] += share * fourth;
+      }
+    }
+  }
+  const image = new Uint8ClampedArray(4 * width * height).fill(255); // clamps and rounds what is written
+  for (let p = 0, o = 0; o < image.length; p += cells, o += 4) {
+    const rest = sums[p + C], scale = blend === "weighted" ? 255 / (rest + eps) : 255;
+    const ground = blend === "weighted" ? eps : over ? rest : 1;
+    for (let c = 0; c < C; c++) image[o + c] = scale * (sums[p + c] + ground * background[c]);
+  }
+  return image;
+}
+
+/** Draws with plain JavaScript. */
+export class CanvasRenderer {
+  name = "canvas";
+  constructor(canvas) {
+    this.context = canvas.getContext("2d");
+    need(this.context, "This browser can draw neither with WebGL2 nor on a plain canvas.");
+  }
+  show(screen, clip) {
+    const { width, height } = screen.frame, image = drawCPU(screen), { canvas } = this.context;
+    if (screen.data.channels === 4) for (let o = 0; o < image.length; o += 4) // a canvas wants them not times alpha
+      for (let c = 0; c < 3; c++) image[o + c] = image[o + c] * 255 / Math.max(1, image[o + 3]);
+    if (canvas.width !== width || canvas.height !== height) canvas.width = width, canvas.height = height;
+    this.context.clearRect(0, 0, width, height);
+    this.context.putImageData(new ImageData(image, width, height), 0, 0, clip.x, clip.y, clip.width, clip.height);
+  }
+  pixels(screen) { return drawCPU(screen); }
+  destroy() {}
+}
+
+const BOX_SHADER = `#version 300 es
+layout(location = 0) in vec4 a_box;        // centre, first half axis
+layout(location = 1) in vec4 a_more;       // second half axis, u0
+layout(location = 2) in vec4 a_shape;      // L
+layout(location = 3) in vec4 a_color;
+layout(location = 4) in float a_opacity;
+uniform vec2 half_size;
+flat out vec2 u0; flat out vec4 shape; flat out vec4 color; flat out float opacity;
+void main() {
+  vec2 corner = 1.001 * (2.0 * vec2(gl_VertexID & 1, gl_VertexID >> 1) - 1.0);  // a little more: corners are rounded
+  gl_Position = vec4((a_box.xy + corner.x * a_box.zw + corner.y * a_more.xy) / half_size, 0, 1);
+  u0 = a_more.zw; shape = a_shape; color = a_color; opacity = a_opacity;
+}`;
+const WEIGHT_SHADER = `#version 300 es
+precision highp float;
+uniform vec2 half_size; uniform float cutoff, low, most;
+flat in vec2 u0; flat in vec4 shape; flat in vec4 color; flat in float opacity;
+layout(location = 0) out vec4 first; layout(location = 1) out vec4 second;
+void main() {
+  vec2 p = gl_FragCoord.xy - half_size;    // row 0 of the texture is the top of the picture
+  vec2 u = vec2(dot(shape.xy, p), dot(shape.zw, p)) + u0;
+  float power = dot(u, u);
+  if (!(power <= cutoff)) discard;
+  float share = min(most, opacity * max(0.0, exp(-0.5 * power) - low) / (1.0 - low));
+  first = vec4(color.rgb * share, share);
+  second = vec4(color.a * share, 0, 0, share);
+}`;
+const SCREEN_SHADER = `#version 300 es
+void main() { gl_Position = vec4(4 * (gl_VertexID & 1) - 1, 2 * (gl_VertexID & 2) - 1, 0, 1); }`;
+const BLEND_SHADER = `#version 300 es
+precision highp float; precision highp sampler2D;
+uniform sampler2D first, second; uniform vec4 background; uniform float eps; uniform int blend, channels, flip;
+out vec4 color;
+void main() {
+  ivec2 at = ivec2(gl_FragCoord.xy);
+  if (flip > 0) at.y = flip - 1 - at.y;
+  vec4 sum = texelFetch(first, at, 0); float total = sum.a;
+  sum.a = channels == 4 ? texelFetch(second, at, 0).r : 1.0;
+  vec4 ground = channels == 4 ? background : vec4(background.rgb, 0);
+  if (blend == 0) { sum.rgb = (sum.rgb + eps * ground.rgb) / (total + eps); if (channels == 4) sum.a = (sum.a + eps * ground.a) / (total + eps); }
+  if (blend == 1) sum += ground;
+  color = clamp(sum, 0.0, 1.0);
+}`;
+
+/** Draws with WebGL2: all boxes in one call into float textures, then the division. Throws where that cannot be. */
+export class GLRenderer {
+  name = "webgl2";
+  constructor(canvas, { half = false } = {}) {
+    const gl = this.gl = canvas.getContext("webgl2", { antialias: false, depth: false, powerPreference: "high-performance" });
+    if (!gl) throw new Error("no WebGL2");
+    const floats = gl.getExtension("EXT_color_buffer_float"), blends = gl.getExtension("EXT_float_blend");
+    if (!floats && !gl.getExtension("EXT_color_buffer_half_float")) throw new Error("no float targets");
+    this.format = floats && blends && !half ? gl.RGBA32F : gl.RGBA16F;
+    this.boxes = this.program(BOX_SHADER, WEIGHT_SHADER, ["half_size", "cutoff", "low", "most"]);
+    this.screen = this.program(SCREEN_SHADER, BLEND_SHADER,
+      ["first", "second", "background", "eps", "blend", "channels", "flip"]);
+    this.buffer = gl.createBuffer();
+    this.vertices = gl.createVertexArray();
+    gl.bindVertexArray(this.vertices);
+    gl.bindBuffer(gl.ARRAY_BUFFER, this.buffer);
+    for (let k = 0; k < 5; k++) {
+      gl.enableVertexAttribArray(k);
+      gl.vertexAttribPointer(k, k < 4 ? 4 : 1, gl.FLOAT, false, 4 * STRIDE, 16 * k);
+      gl.vertexAttribDivisor(k, 1);
+    }
+    this.targets = { width: 0, height: 0, textures: [], frame: gl.createFramebuffer() };
+    this.resize(4, 4, 2);
+    if (gl.checkFramebufferStatus(gl.FRAMEBUFFER) !== gl.FRAMEBUFFER_COMPLETE) throw new Error("no float targets");
+  }
+  program(vertex, fragment, uniforms) {
+    const { gl } = this, program = gl.createProgram();
+    for (const [type, source] of [[gl.VERTEX_SHADER, vertex], [gl.FRAGMENT_SHADER, fragment]]) {
+      const shader = gl.createShader(type);
+      gl.shaderSource(shader, source);
+      gl.compileShader(shader);
+      gl.attachShader(program, shader);
+    }
+    gl.linkProgram(program);
+    if (!gl.getProgramParameter(program, gl.LINK_STATUS)) throw new Error(gl.getProgramInfoLog(program) || "no context");
+    return { program, at: Object.fromEntries(uniforms.map((name) => [name, gl.getUniformLocation(program, name)])) };
+  }
+  /** One texture for three channels, two for four, bound to be drawn into. */
+  resize(width, height, number) {
+    const { gl, targets } = this;
+    gl.bindFramebuffer(gl.FRAMEBUFFER, targets.frame);
+    if (targets.width === width && targets.height === height && targets.textures.length === number) return;
+    targets.textures.forEach((texture) => gl.deleteTexture(texture));
+    Object.assign(targets, { width, height, textures: [] });
+    for (let k = 0; k < 2; k++) {
+      const texture = k < number ? gl.createTexture() : null;
+      if (texture) {
+        gl.bindTexture(gl.TEXTURE_2D, texture);
+        gl.texStorage2D(gl.TEXTURE_2D, 1, this.format, width, height);
+        gl.texParameteri(gl.TEXTURE_2D, gl.TEXTURE_MIN_FILTER, gl.NEAREST); // floats have no other
+        gl.texParameteri(gl.TEXTURE_2D, gl.TEXTURE_MAG_FILTER, gl.NEAREST);
+        targets.textures.push(texture);
+      }
+      gl.framebufferTexture2D(gl.FRAMEBUFFER, gl.COLOR_ATTACHMENT0 + k, gl.TEXTURE_2D, texture, 0);
+    }
+    gl.drawBuffers([gl.COLOR_ATTACHMENT0, number > 1 ? gl.COLOR_ATTACHMENT1 : gl.NONE]);
+  }
+  accumulate({ n, values, frame: { width, height }, data }, clip) {
+    const { gl, boxes } = this, { blend, constants } = data.page, [r, g, b, a = 0] = data.background;
+    let numbers = new Float32Array(values.subarray(0, STRIDE * n));
+    if (blend === "over") { // the last one lies at the back, and is drawn first
+      const turned = new Float32Array(numbers.length);
+      for (let i = 0; i < n; i++) turned.set(numbers.subarray(STRIDE * i, STRIDE * (i + 1)), STRIDE * (n - 1 - i));
+      numbers = turned;
+    }
+    this.resize(width, height, data.channels === 4 ? 2 : 1);
+    gl.viewport(0, 0, width, height);
+    gl.enable(gl.SCISSOR_TEST);
+    gl.scissor(clip.x, clip.y, clip.width, clip.height);
+    gl.clearBufferfv(gl.COLOR, 0, blend === "over" ? [r, g, b, 0] : [0, 0, 0, 0]);
+    if (data.channels === 4) gl.clearBufferfv(gl.COLOR, 1, blend === "over" ? [a, 0, 0, 0] : [0, 0, 0, 0]);
+    gl.enable(gl.BLEND);
+    gl.blendFunc(gl.ONE, blend === "over" ? gl.ONE_MINUS_SRC_ALPHA : gl.ONE);
+    gl.useProgram(boxes.program);
+    gl.uniform2f(boxes.at.half_size, width / 2, height / 2);
+    gl.uniform1f(boxes.at.cutoff, constants.cutoff_power);
+    gl.uniform1f(boxes.at.low, constants.floor);
+    gl.uniform1f(boxes.at.most, blend === "over" ? constants.max_alpha : 1e30);
+    gl.bindVertexArray(this.vertices);
+    gl.bindBuffer(gl.ARRAY_BUFFER, this.buffer);
+    gl.bufferData(gl.ARRAY_BUFFER, numbers, gl.STREAM_DRAW);
+    gl.drawArraysInstanced(gl.TRIANGLE_STRIP, 0, 4, n);
+    gl.disable(gl.BLEND);
+  }
+  resolve({ data }, flip) {
+    const { gl, screen: { program, at }, targets: { textures } } = this, { blend, constants } = data.page;
+    gl.useProgram(program);
+    textures.concat(textures).slice(0, 2).forEach((texture, k) => {
+      gl.activeTexture(gl.TEXTURE0 + k);
+      gl.bindTexture(gl.TEXTURE_2D, texture);
+    });
+    gl.uniform1i(at.first, 0);
+    gl.uniform1i(at.second, 1);
+    gl.uniform4fv(at.background, [...data.background, 0].slice(0, 4));
+    gl.uniform1f(at.eps, constants.eps);
+    gl.uniform1i(at.blend, BLENDS.indexOf(blend));
+    gl.uniform1i(at.channels, data.channels);
+    gl.uniform1i(at.flip, flip);
+    gl.drawArrays(gl.TRIANGLES, 0, 3);
+  }
+  show(screen, clip) {
+    const { gl } = this, { width, height } = screen.frame;
+    if (gl.canvas.width !== width || gl.canvas.height !== height) gl.canvas.width = width, gl.canvas.height = height;
+    this.accumulate(screen, clip);
+    gl.bindFramebuffer(gl.FRAMEBUFFER, null);
+    gl.disable(gl.SCISSOR_TEST);
+    gl.clearColor(0, 0, 0, 0);
+    gl.clear(gl.COLOR_BUFFER_BIT);
+    gl.enable(gl.SCISSOR_TEST);
+    gl.scissor(clip.x, height - clip.y - clip.height, clip.width, clip.height);
+    this.resolve(screen, height);
+  }
+  pixels(screen) {
+    const { gl } = this, { width, height } = screen.frame, image = new Uint8ClampedArray(4 * width * height);
+    this.accumulate(screen, { x: 0, y: 0, width, height });
+    const frame = gl.createFramebuffer(), bytes = gl.createRenderbuffer();
+    gl.bindFramebuffer(gl.FRAMEBUFFER, frame);
+    gl.bindRenderbuffer(gl.RENDERBUFFER, bytes);
+    gl.renderbufferStorage(gl.RENDERBUFFER, gl.RGBA8, width, height);
+    gl.framebufferRenderbuffer(gl.FRAMEBUFFER, gl.COLOR_ATTACHMENT0, gl.RENDERBUFFER, bytes);
+    this.resolve(screen, 0);
+    gl.readPixels(0, 0, width, height, gl.RGBA, gl.UNSIGNED_BYTE, image);
+    gl.deleteFramebuffer(frame);
+    gl.deleteRenderbuffer(bytes);
+    return image;
+  }
+  destroy() { this.gl.getExtension("WEBGL_lose_context")?.loseContext(); }
+}
+
+// -------------------------------------------------------------------------------------------- the parts of a page
+
+function element(name, properties = {}, ...children) {
+  const node = document.createElement(name);
+  for (const [key, value] of Object.entries(properties)) {
+    if (key === "class") node.className = value;
+    else if (key === "on") for (const [event, run] of Object.entries(value)) node.addEventListener(event, run, { passive: false });
+    else if (key in node && !key.startsWith("aria")) node[key] = value;
+    else node.setAttribute(key, value);
+  }
+  node.append(...children);
+  return node;
+}
+
+const SVG = "http://www.w3.org/2000/svg";
+function drawing(viewBox, ...paths) {
+  const node = document.createElementNS(SVG, "svg");
+  for (const [key, value] of Object.entries({ viewBox, "aria-hidden": "true", preserveAspectRatio: "none" })) node.setAttribute(key, value);
+  for (const d of paths) {
+    const path = node.appendChild(document.createElementNS(SVG, "path"));
+    path.setAttribute("d", d);
+  }
+  return node;
+}
+const ICONS = {
+  plus: "M8 3v10M3 8h10", minus: "M3 8h10", whole: "M3 6V3h3M10 3h3v3M13 10v3h-3M6 13H3v-3",
+  play: "M5 3l8 5-8 5z", pause: "M5 3v10M11 3v10",
+};
+const HELP = [
+  ["+  −  wheel, pinch", "zoom, as deep as you like"], ["arrows, drag", "move the picture"], ["0 or Home", "the whole picture"],
+  ["point, click, Enter", "the numbers of one Gaussian (Enter: the one in the middle)"], ["O", "outlines, at two standard deviations"],
+  ["C", "compare with the picture to reach"], ["Space", "play or pause"], [", and .", "one moment back, one on"], ["Esc", "let go of the Gaussian"],
+];
+
+// ---------------------------------------------------------------------------------------------------- the viewer
+
+const REST = 160; // ms without movement after which the picture is drawn in all its pixels
+const LENGTH = 12; // s, of a recording played from its start to its end
+
+/**
+ * One picture on a page. A person has the controls; a program has load, setView, setMoment, setOptions, play, pause,
+ * pick, select, pixels, idle, destroy, and can read view, moment, options, playing, renderer. It draws when something changed.
+ */
+export class Viewer {
+  options = {
+    outlines: false, // ellipses at two standard deviations
+    size: 1, // times every standard deviation
+    shown: null, // how many Gaussians, the most important ones; null: all
+    wipe: null, // in [0, 1]: right of there is the picture to reach; null: it is hidden
+    renderer: "auto", // or "webgl2", "canvas"
+    controls: true, // the bar below the picture
+    theme: "auto", // or "light", "dark"
+  };
+  view = { x: 0, y: 0, zoom: 1 };
+  moment = 0;
+  playing = false;
+  picked = null; // {id, pinned}: whose numbers are shown
+  #scene = null; // of this moment, and which rows of it are shown
+  #keep = null;
+  #request = 0; // of the next frame
+  #changed = true;
+  #waiting = []; // those who wait for rest
+  #movingUntil = 0;
+  #scale = 1; // of a frame's sides while something moves
+  #drawn = null; // {time, scale} of the last frame
+  #losses = 0;
+  #pointers = new Map();
+
+  constructor(root, options) {
+    this.root = root;
+    this.#build();
+    this.#newPainter(options.renderer ?? "auto");
+    this.setOptions(options);
+    this.resized = new ResizeObserver(() => this.#change());
+    this.resized.observe(this.stage);
+  }
+
+  // ------------------------------------------------------------------------------------------ what a program calls
+
+  get renderer() { return this.painter.name; }
+
+  get domain() {
+    const { x_dim: [x0, x1], y_dim: [y0, y1] } = this.data.page;
+    return { x0, x1, y0, y1, width: x1 - x0, height: y1 - y0 };
+  }
+
+  /** Shows a page. After the first one, the view and what the person has chosen stay as they are. */
+  async load(page) {
+    const data = await decode(page), first = !this.data, image = new Image();
+    const isPicture = typeof page.target === "string" && page.target.startsWith("data:image/");
+    if (isPicture) image.src = page.target;
+    this.target = isPicture && (await image.decode().then(() => true, () => false)) ? image : null;
+    const atEnd = first || this.moment === this.data.moments - 1; // a recording opens with how it ended
+    this.data = data;
+    this.moment = atEnd ? data.moments - 1 : Math.min(this.moment, data.moments - 1);
+    this.#scene = null;
+    if (first) this.reset();
+    this.#describe();
+    this.#change();
+    return this;
+  }
+
+  /** Centre in domain units; at zoom 1 the whole domain fits. */
+  setView({ x = this.view.x, y = this.view.y, zoom = this.view.zoom }) {
+    const { x0, x1, y0, y1 } = this.domain;
+    if (![x, y, zoom].every(Number.isFinite)) throw new TypeError("expected numbers x, y and zoom");
+    this.view = { x: clamp(x, x0, x1), y: clamp(y, y0, y1), zoom: clamp(zoom, 0.5, DEEPEST) };
+    this.#change();
+  }
+  reset() {
+    const { x0, x1, y0, y1 } = this.domain;
+    this.setView({ x: (x0 + x1) / 2, y: (y0 + y1) / 2, zoom: 1 });
+  }
+
+  /** From 0 to the number of moments less one; between two moments the Gaussians are on their way. */
+  setMoment(moment) {
+    this.moment = clamp(Number(moment) || 0, 0, this.data.moments - 1);
+    this.#scene = null;
+    this.#change();
+  }
+
+  setOptions(options) {
+    for (const name of Object.keys(options)) if (!(name in this.options)) throw new TypeError(`no option ${name}`);
+    Object.assign(this.options, options);
+    const { size, shown, wipe, theme, controls } = this.options;
+    this.options.size = clamp(Number(size) || 1, 0.01, 1);
+    this.options.shown = shown === null ? null : Math.max(0, Math.round(shown));
+    this.options.wipe = wipe === null ? null : clamp(Number(wipe), 0, 1);
+    this.root.dataset.theme = theme;
+    this.bar.hidden = !controls;
+    this.#scene = null;
+    this.#change();
+  }
+
+  play() {
+    if (this.data.moments < 2) return;
+    if (this.moment >= this.data.moments - 1) this.setMoment(0);
+    this.playing = true;
+    this.#change();
+  }
+  pause() {
+    this.playing = false;
+    this.#change();
+  }
+
+  /** The Gaussian that gives most to a point of the domain, with its numbers; null where none reaches. */
+  pick(x, y) {
+    const { page: { blend, constants } } = this.data, unit = this.#unit();
+    const { n, rows, values } = this.#project({ x, y, sx: unit, sy: unit, width: 0, height: 0, zoom: this.view.zoom });
+    let best = -1, most = 0, bestShare = 0, total = blend === "weighted" ? constants.eps : 0, light = 1;
+    for (let i = 0; i < n; i++) {
+      const [u1, u2, , , , , red, green, blue, , opacity] = values.subarray(STRIDE * i + 6, STRIDE * (i + 1));
+      const power = u1 * u1 + u2 * u2;
+      if (power > constants.cutoff_power) continue;
+      let share = opacity * Math.max(0, Math.exp(-power / 2) - constants.floor) / (1 - constants.floor);
+      if (blend === "over") {
+        share = Math.min(constants.max_alpha, share) * light;
+        light -= share;
+      }
+      total += share;
+      const part = blend === "additive" ? share * Math.max(Math.abs(red), Math.abs(green), Math.abs(blue)) : share;
+      if (part > most) most = part, best = rows[i], bestShare = share;
+    }
+    if (best < 0) return null;
+    const share = { weighted: bestShare / total, over: bestShare, additive: null }[blend];
+    return { ...this.#numbers(best), share };
+  }
+
+  /** Shows the numbers of a Gaussian, by its row in this moment's scene, and its outline; null: of none. */
+  select(row) {
+    this.picked = row === null ? null : { ...this.#numbers(row), pinned: true };
+    this.#change();
+  }
+
+  /** RGBA bytes at any size, row 0 on top, which the domain fills; with a view, its part around that centre. */
+  pixels(width, height, { x, y, zoom = 1 } = {}) {
+    const { x0, y0, width: w, height: h } = this.domain, sx = width / w * zoom, sy = height / h * zoom;
+    return this.painter.pixels(this.#project({ x: x ?? x0 + w / 2, y: y ?? y0 + h / 2, sx, sy, width, height, zoom }));
+  }
+
+  /** Resolves when nothing is left to draw; while playing, after the next frame. */
+  idle() {
+    return this.#request ? new Promise((resolve) => this.#waiting.push(resolve)) : Promise.resolve();
+  }
+
+  destroy() {
+    cancelAnimationFrame(this.#request);
+    clearTimeout(this.speaking);
+    this.destroyed = true;
+    document.removeEventListener("keydown", this.keys);
+    this.resized.disconnect();
+    this.painter.destroy();
+    this.root.replaceChildren();
+    this.#waiting.splice(0).forEach((resolve) => resolve());
+  }
+
+  // ------------------------------------------------------------------------------------------------------ drawing
+
+  #newPainter(wanted) {
+    const old = this.painter?.canvas;
+    const fresh = () => element("canvas", { class: "gs2d-scene", role: "img" });
+    let canvas = fresh(), painter = null;
+    if (wanted !== "canvas" && this.#losses < 3) try {
+      painter = new GLRenderer(canvas);
+      canvas.addEventListener("webglcontextlost", () => this.#lost(canvas));
+    } catch (error) {
+      if (wanted === "webgl2") throw error;
+      canvas = fresh(); // one that was asked for WebGL2 has nothing else to give
+    }
+    this.painter = painter ?? new CanvasRenderer(canvas);
+    this.painter.canvas = canvas;
+    if (old) old.replaceWith(canvas);
+    else this.stage.prepend(canvas);
+  }
+  #lost(canvas) { // the driver took everything away: a new canvas is given a new context, or draws without one
+    if (this.destroyed || canvas !== this.painter.canvas) return;
+    this.#losses++;
+    this.#newPainter("auto");
+    this.#describe();
+    this.#change();
+  }
+
+  #change() {
+    this.#changed = true;
+    this.#schedule();
+  }
+  #move() {
+    this.#movingUntil = performance.now() + REST;
+  }
+  #schedule() {
+    if (this.#request || this.destroyed || !this.data) return;
+    this.#request = requestAnimationFrame((time) => this.#frame(time));
+  }
+
+  #frame(time) {
+    this.#request = 0;
+    const moving = this.playing || performance.now() < this.#movingUntil, last = this.#drawn;
+    if (moving && last) { // the time from one frame to the next tells what one costs
+      const took = time - last.time;
+      if (took > 50) this.#scale = Math.max(0.25, this.#scale * 0.8);
+      else if (took < 25) this.#scale = Math.min(1, this.#scale * 1.05);
+      if (this.playing) this.#advance(Math.min(took, 200) / 1000);
+    }
+    const scale = moving ? this.#scale : 1;
+    if (this.#changed || (last && last.scale < scale)) {
+      this.#changed = false;
+      this.draw(scale);
+    }
+    this.#drawn = moving ? { time, scale } : null;
+    if (moving || this.#changed) this.#schedule();
+    if (!this.#request || this.playing) this.#waiting.splice(0).forEach((resolve) => resolve());
+  }
+  #advance(seconds) {
+    const end = this.data.moments - 1;
+    this.time = (Math.floor(this.time ?? -1) === Math.floor(this.moment) ? this.time : this.moment) + seconds * end / Math.min(LENGTH, end);
+    const calm = matchMedia("(prefers-reduced-motion: reduce)").matches; // then from moment to moment
+    if (this.time >= end) this.playing = false;
+    this.setMoment(calm ? Math.floor(this.time) : this.time);
+  }
+
+  #sceneNow() {
+    if (!this.#scene) {
+      this.#scene = sceneAt(this.data, this.moment);
+      this.#keep = mostImportant(this.#scene, this.options.shown ?? Infinity);
+    }
+    return this.#scene;
+  }
+  #project(frame) {
+    const scene = this.#sceneNow();
+    return project(scene, frame, { size: this.options.size, keep: this.#keep });
+  }
+  /** CSS pixels per domain unit. */
+  #unit() {
+    const { clientWidth, clientHeight } = this.stage;
+    return Math.min(clientWidth / this.domain.width, clientHeight / this.domain.height) * this.view.zoom;
+  }
+
+  /** Draws now, with `scale` times the screen's pixels along each side. */
+  draw(scale = 1) {
+    const { clientWidth: w, clientHeight: h } = this.stage, { x, y, zoom } = this.view, { x0, x1, y0, y1 } = this.domain;
+    if (!w || !h || !this.data) return; // hidden
+    const unit = this.#unit(), ratio = Math.min(devicePixelRatio || 1, 4096 / Math.max(w, h)), fine = ratio * scale;
+    const box = { left: w / 2 + (x0 - x) * unit, right: w / 2 + (x1 - x) * unit, top: h / 2 + (y - y1) * unit, bottom: h / 2 + (y - y0) * unit };
+    const seen = { left: clamp(box.left, 0, w), right: clamp(box.right, 0, w), top: clamp(box.top, 0, h), bottom: clamp(box.bottom, 0, h) };
+    const [left, right, top, bottom] = [seen.left, seen.right, seen.top, seen.bottom].map((value) => Math.round(value * fine));
+    const frame = { x, y, sx: unit * fine, sy: unit * fine, width: Math.round(w * fine), height: Math.round(h * fine), zoom };
+    const screen = this.#project(frame);
+    this.painter.show(screen, { x: left, y: top, width: right - left, height: bottom - top });
+    Object.assign(this.ground.style, {
+      left: `${seen.left}px`, top: `${seen.top}px`, width: `${seen.right - seen.left}px`, height: `${seen.bottom - seen.top}px` });
+    this.#drawOver(screen, { w, h, unit, ratio, box, seen });
+    this.#showState();
+  }
+
+  /** What lies over the picture: the picture to reach, the outlines, the one Gaussian that was picked. */
+  #drawOver(screen, { w, h, unit, ratio, box, seen }) {
+    const { over } = this, pen = over.getContext("2d"), { wipe, outlines, size } = this.options, scene = this.#sceneNow();
+    const width = Math.round(w * ratio), height = Math.round(h * ratio);
+    if (over.width !== width || over.height !== height) over.width = width, over.height = height;
+    pen.setTransform(ratio, 0, 0, ratio, 0, 0);
+    pen.clearRect(0, 0, w, h);
+    const from = this.target && wipe !== null ? Math.max(seen.left, wipe * w) : seen.right;
+    if (from < seen.right && seen.top < seen.bottom) {
+      const { naturalWidth, naturalHeight } = this.target;
+      const kx = naturalWidth / (box.right - box.left), ky = naturalHeight / (box.bottom - box.top);
+      pen.imageSmoothingEnabled = kx * ratio > 0.5; // a pixel is a square, and is shown as one
+      pen.imageSmoothingQuality = "high";
+      pen.drawImage(this.target, (from - box.left) * kx, (seen.top - box.top) * ky, (seen.right - from) * kx,
+        (seen.bottom - seen.top) * ky, from, seen.top, seen.right - from, seen.bottom - seen.top);
+    }
+    const { x, y } = this.view, [xs, ys, log1, log2, turn] = scene.columns;
+    const ellipse = (path, i) => {
+      const [r1, r2] = [log1[i], log2[i]].map((log) => 2 * size * Math.exp(log) * unit);
+      if (!(Math.max(r1, r2) < 1e6)) return;
+      const cx = w / 2 + (xs[i] - x) * unit, cy = h / 2 + (y - ys[i]) * unit;
+      path.moveTo(cx + r1 * Math.cos(turn[i]), cy - r1 * Math.sin(turn[i]));
+      path.ellipse(cx, cy, r1, r2, -turn[i], 0, 2 * Math.PI);
+    };
+    const stroke = (path, widths) => widths.forEach(([style, lineWidth]) => {
+      Object.assign(pen, { strokeStyle: style, lineWidth });
+      pen.stroke(path);
+    });
+    if (outlines) {
+      const path = new Path2D();
+      for (const i of screen.rows) ellipse(path, i);
+      stroke(path, [["#0006", 2], ["#fffc", 0.8]]);
+    }
+    const row = this.picked ? scene.ids.indexOf(this.picked.id) : -1;
+    if (row >= 0) {
+      const path = new Path2D(), cx = w / 2 + (xs[row] - x) * unit, cy = h / 2 + (y - ys[row]) * unit;
+      ellipse(path, row);
+      for (const [dx, dy] of [[4, 0], [0, 4]]) path.moveTo(cx - dx, cy - dy), path.lineTo(cx + dx, cy + dy);
+      stroke(path, [["#000c", 4], ["#fff", 2]]);
+    }
+  }
+
+  #numbers(row) {
+    const scene = this.#sceneNow(), [x, y, log1, log2, turn, opacity, ...color] = scene.columns.map((column) => column[row]);
+    const angle = ((turn * 180 / Math.PI) % 180 + 180) % 180;
+    return { index: row, id: scene.ids[row], x, y, sigma: [Math.exp(log1), Math.exp(log2)], angle, opacity, color };
+  }
+
+  // ------------------------------------------------------------------------------------------------- the controls
+
+  #build() {
+    const button = (name, icon, run, properties = {}) =>
+      element("button", { type: "button", "aria-label": name, title: name, on: { click: run }, ...properties }, ...(icon ? [drawing("0 0 16 16", icon)] : []));
+    const range = (name, properties, run) =>
+      element("input", { type: "range", "aria-label": name, ...properties, on: { input: (event) => run(Number(event.target.value)) } });
+    const move = (change) => { this.#move(); change(); };
+
+    this.ground = element("div", { class: "gs2d-ground" });
+    this.over = element("canvas", {
+      class: "gs2d-over", tabIndex: 0, role: "application", on: {
+        wheel: (event) => this.#wheel(event), pointerdown: (event) => this.#down(event), pointermove: (event) => this.#drag(event),
+        pointerup: (event) => this.#up(event), pointercancel: (event) => this.#up(event), pointerleave: () => this.#hover(null),
+        dblclick: (event) => this.#zoomAt(2, event) } });
+    this.divider = element("div", { class: "gs2d-divider" });
+    this.wipe = range("Where the picture to reach begins", { class: "gs2d-wipe", min: 0, max: 1, step: 0.01 },
+      (wipe) => this.setOptions({ wipe }));
+    this.card = element("dl", { class: "gs2d-card" });
+    this.note = element("div", { class: "gs2d-note" });
+    this.stage = element("div", { class: "gs2d-stage" }, this.ground, this.over, this.divider, this.wipe, this.card, this.note);
+
+    this.playButton = button("Play", ICONS.play, () => (this.playing ? this.pause() : this.play()));
+    this.scrubber = range("Moment of the training", { min: 0, step: "any" }, (moment) => move(() => {
+      this.playing = false;
+      this.setMoment(moment);
+    }));
+    this.curve = drawing("0 0 1 1", "", "");
+    this.when = element("output", { class: "gs2d-when" });
+    this.timeline = element("div", { class: "gs2d-timeline" }, this.playButton,
+      element("div", { class: "gs2d-track" }, this.curve, this.scrubber), this.when);
+
+    this.readout = element("output", { class: "gs2d-zoom" });
+    this.sizeSlider = range("Size of the Gaussians", { min: 0.05, max: 1, step: 0.01 }, (size) => move(() => this.setOptions({ size })));
+    this.shownSlider = range("Gaussians shown, the most important first", { min: 0, max: 1, step: 0.005 }, (value) =>
+      move(() => this.setOptions({ shown: value >= 1 ? null : Math.round(Math.exp(value * Math.log(this.#most()))) })));
+    this.sizeText = element("output");
+    this.shownText = element("output");
+    this.outlineButton = button("Outlines", null, () => this.setOptions({ outlines: !this.options.outlines }), { textContent: "Outlines" });
+    this.wipeButton = button("Compare", null, () => this.setOptions({ wipe: this.options.wipe === null ? 0.5 : null }), { textContent: "Compare" });
+    this.title = element("strong");
+    this.about = element("span");
+    this.help = element("dialog", { class: "gs2d-help", "aria-label": "What you can do" },
+      element("dl", {}, ...HELP.flatMap(([key, what]) => [element("dt", { textContent: key }), element("dd", { textContent: what })])),
+      element("button", { type: "button", textContent: "Close", on: { click: () => this.help.close() } }));
+    this.tools = element("div", { class: "gs2d-tools", role: "group", "aria-label": "The picture" },
+      element("span", { class: "gs2d-group" },
+        button("Zoom out", ICONS.minus, () => this.#zoomAt(1 / 1.5)), this.readout, button("Zoom in", ICONS.plus, () => this.#zoomAt(1.5)),
+        button("The whole picture", ICONS.whole, () => this.reset())),
+      element("label", {}, "Size", this.sizeSlider, this.sizeText), element("label", {}, "Shown", this.shownSlider, this.shownText),
+      element("span", { class: "gs2d-group" }, this.outlineButton, this.wipeButton,
+        button("What you can do, and keys", null, () => this.help.showModal(), { textContent: "?" })));
+    this.bar = element("div", { class: "gs2d-bar" }, this.timeline,
+      element("div", { class: "gs2d-row" }, element("div", { class: "gs2d-title" }, this.title, this.about), this.tools));
+    this.status = element("div", { class: "gs2d-status", role: "status" });
+    this.root.classList.add("gs2d-viewer");
+    this.root.replaceChildren(this.stage, this.bar, this.help, this.status);
+    this.keys = (event) => this.#key(event);
+    document.addEventListener("keydown", this.keys);
+  }
+
+  #most() { return Math.max(1, ...Array.from({ length: this.data.moments }, (_, m) => this.data.starts[m + 1] - this.data.starts[m])); }
+
+  /** What stays the same as long as the page does. */
+  #describe() {
+    const { page, moments, starts } = this.data, many = count(starts[moments] - starts[moments - 1]);
+    const title = typeof page.title === "string" ? page.title : "";
+    this.title.textContent = title;
+    this.about.textContent = `${many} Gaussian${many === "1" ? "" : "s"}, ${page.blend}`;
+    this.painter.canvas.setAttribute("aria-label", `${title}, a picture made of ${many} Gaussians`);
+    this.over.setAttribute("aria-label", `${title}: zoom with plus and minus, move with the arrow keys, Enter picks the Gaussian in the middle`);
+    this.ground.hidden = page.channels !== 4;
+    this.wipeButton.hidden = !this.target;
+    this.timeline.hidden = moments < 2;
+    this.scrubber.max = moments - 1;
+    const scores = page.moments.map(({ psnr }) => psnr), known = scores.filter(Number.isFinite);
+    const low = Math.min(...known), high = Math.max(...known);
+    const points = scores.flatMap((psnr, m) => (Number.isFinite(psnr) ? [`${m / (moments - 1)} ${0.95 - 0.9 * (psnr - low) / (high - low || 1)}`] : []));
+    this.curve.firstChild.setAttribute("d", points.length > 1 && moments > 1 ? `M${points.join("L")}` : "");
+  }
+
+  /** What follows from the view, the moment and the options. */
+  #showState() {
+    const { view: { zoom }, options: { outlines, size, shown, wipe }, moment, data: { page, moments } } = this, scene = this.#sceneNow();
+    const nearest = Math.round(moment), { step, psnr } = page.moments[nearest] ?? {};
+    const n = this.data.starts[nearest + 1] - this.data.starts[nearest], all = shown === null || shown >= scene.n;
+    const words = [Number.isFinite(step) && `step ${count(step)}`, Number.isFinite(psnr) && `${psnr.toFixed(2)} dB`, `${count(n)} Gaussians`];
+    const put = (node, text) => { if (node.textContent !== text) node.textContent = text; };
+    put(this.readout, `×${zoom < 1000 ? say(zoom, 2 + (zoom >= 100)) : zoom.toExponential(1).replace("e+", "e")}`);
+    put(this.note, zoom >= 8 ? "still sharp: a scene has no pixels" : "");
+    put(this.sizeText, `${Math.round(100 * size)} %`);
+    put(this.shownText, all ? "all" : count(shown));
+    put(this.when, words.filter(Boolean).join(" · "));
+    this.sizeSlider.value = size;
+    this.shownSlider.value = all ? 1 : Math.log(Math.max(1, shown)) / Math.log(Math.max(2, this.#most()));
+    this.shownSlider.setAttribute("aria-valuetext", all ? "all" : count(shown));
+    this.sizeSlider.setAttribute("aria-valuetext", this.sizeText.textContent);
+    this.scrubber.value = moment;
+    this.scrubber.setAttribute("aria-valuetext", this.when.textContent);
+    this.outlineButton.setAttribute("aria-pressed", outlines);
+    this.wipeButton.setAttribute("aria-pressed", wipe !== null);
+    this.wipe.hidden = this.divider.hidden = wipe === null || !this.target;
+    this.wipe.value = wipe ?? 0.5;
+    this.divider.style.left = `${100 * (wipe ?? 0.5)}%`;
+    const name = this.playing ? "Pause" : "Play";
+    if (this.playButton.title !== name) {
+      this.playButton.title = name;
+      this.playButton.setAttribute("aria-label", name);
+      this.playButton.replaceChildren(drawing("0 0 16 16", this.playing ? ICONS.pause : ICONS.play));
+    }
+    const at = moments > 1 ? moment / (moments - 1) : 0;
+    this.curve.lastChild.setAttribute("d", `M${at} 0V1`);
+    this.#showNumbers();
+  }
+
+  #showNumbers() {
+    const row = this.picked ? this.#sceneNow().ids.indexOf(this.picked.id) : -1;
+    this.card.hidden = row < 0;
+    if (row < 0) return;
+    const { index, x, y, sigma, angle, opacity, color } = this.#numbers(row), { share } = this.picked;
+    const swatch = element("span", { class: "gs2d-swatch" });
+    swatch.style.background = `rgb(${color.slice(0, 3).map((c) => 255 * clamp(c, 0, 1)).join(" ")})`;
+    const lines = [
+      ["Gaussian", String(index)], ["centre", `${say(x)}, ${say(y)}`], ["σ", `${say(sigma[0])}, ${say(sigma[1])}`], ["angle", `${say(angle)}°`],
+      ["opacity", say(opacity)], ["colour", swatch, color.slice(0, this.data.page.channels).map((c) => say(c, 2)).join(", ")],
+      ...(share == null ? [] : [["share here", `${Math.round(100 * share)} %`]])];
+    this.card.replaceChildren(...lines.flatMap(([name, ...value]) => [element("dt", { textContent: name }), element("dd", {}, ...value)]));
+    this.card.classList.toggle("gs2d-pinned", this.picked.pinned);
+  }
+
+  /** Tells a screen reader, once it is quiet. */
+  #say(text) {
+    clearTimeout(this.speaking);
+    this.speaking = setTimeout(() => { this.status.textContent = text(); }, 500);
+  }
+  #sayView() {
+    this.#say(() => `zoom ${this.readout.textContent}, centre ${say(this.view.x)}, ${say(this.view.y)}`);
+  }
+
+  // ---------------------------------------------------------------------------------------------- hands and keys
+
+  /** A pointer's place, in CSS pixels from the middle of the picture, and in domain units. */
+  #place(event) {
+    const { left, top, width, height } = this.stage.getBoundingClientRect(), unit = this.#unit();
+    const dx = event ? event.clientX - left - width / 2 : 0, dy = event ? event.clientY - top - height / 2 : 0;
+    return { dx, dy, x: this.view.x + dx / unit, y: this.view.y - dy / unit };
+  }
+  /** Zooms so that what is under the pointer stays there. */
+  #zoomAt(factor, event) {
+    const { x, y } = this.#place(event), zoom = clamp(this.view.zoom * factor, 0.5, DEEPEST), k = this.view.zoom / zoom;
+    this.#move();
+    this.setView({ x: x + (this.view.x - x) * k, y: y + (this.view.y - y) * k, zoom });
+    if (!event) this.#sayView();
+  }
+  #pan(dx, dy) {
+    const unit = this.#unit();
+    this.#move();
+    this.setView({ x: this.view.x - dx / unit, y: this.view.y + dy / unit });
+  }
+  #wheel(event) {
+    const { deltaY, deltaMode, ctrlKey } = event, inPage = window.top !== window && document.activeElement !== this.over;
+    if ((inPage && !ctrlKey) || (deltaY > 0 && this.view.zoom <= 0.5)) return; // a frame in a page lets the page scroll
+    event.preventDefault();
+    this.#zoomAt(Math.exp(-clamp(deltaY * [1, 16, 100][deltaMode] * (ctrlKey ? 0.01 : 0.0015), -1, 1)), event);
+  }
+  #down(event) {
+    this.over.setPointerCapture(event.pointerId);
+    this.#pointers.set(event.pointerId, { x: event.clientX, y: event.clientY, path: 0 });
+  }
+  #drag(event) {
+    const pointer = this.#pointers.get(event.pointerId);
+    if (!pointer) return this.#hover(event);
+    const [dx, dy] = [event.clientX - pointer.x, event.clientY - pointer.y], others = [...this.#pointers.values()].filter((p) => p !== pointer);
+    const apart = () => Math.hypot(pointer.x - others[0].x, pointer.y - others[0].y);
+    const before = others.length ? apart() : 0;
+    Object.assign(pointer, { x: event.clientX, y: event.clientY, path: pointer.path + Math.hypot(dx, dy) });
+    if (others.length) {
+      const middle = { clientX: (pointer.x + others[0].x) / 2, clientY: (pointer.y + others[0].y) / 2 };
+      others[0].path = Infinity; // neither of them is a click
+      this.#pan(dx / 2, dy / 2);
+      this.#zoomAt(apart() / Math.max(before, 1), middle);
+    } else if (pointer.path > 4) this.#pan(dx, dy);
+  }
+  #up(event) {
+    const pointer = this.#pointers.get(event.pointerId);
+    this.#pointers.delete(event.pointerId);
+    if (event.type !== "pointerup" || !pointer || pointer.path > 4) return;
+    this.#pin(this.#place(event));
+  }
+  #pin({ x, y }) {
+    const found = this.pick(x, y), again = this.picked?.pinned && found?.id === this.picked.id;
+    this.picked = found && !again ? { ...found, pinned: true } : null;
+    this.#change();
+    this.#say(() => (this.picked ? `Gaussian ${[...this.card.children].map((node) => node.textContent).slice(1).join(" ")}` : "no Gaussian picked"));
+  }
+  #hover(event) {
+    if (this.picked?.pinned || event?.pointerType === "touch") return;
+    const { x, y } = this.#place(event), picked = event ? this.pick(x, y) : null;
+    if (picked || this.picked) this.#change();
+    this.picked = picked;
+  }
+
+  #key(event) {
+    const { target, key } = event, here = this.root.contains(target);
+    const wholePage = target === document.body && this.root.parentElement === document.body; // nothing else wants keys
+    if (!(here || wholePage) || event.ctrlKey || event.metaKey || event.altKey || this.help.open) return;
+    if (target.type === "range" && /^(Arrow|Home|End|Page)/.test(key)) return;
+    if (target.localName === "button" && (key === " " || key === "Enter")) return;
+    const step = 0.15 * Math.min(this.stage.clientWidth, this.stage.clientHeight);
+    const pan = (dx, dy) => { this.#pan(dx * step, dy * step); this.#sayView(); };
+    const back = (by) => { this.pause(); this.setMoment(by < 0 ? Math.ceil(this.moment) + by : Math.floor(this.moment) + by); this.#say(() => this.when.textContent); };
+    const actions = {
+      "+": () => this.#zoomAt(1.5), "=": () => this.#zoomAt(1.5), "-": () => this.#zoomAt(1 / 1.5), "_": () => this.#zoomAt(1 / 1.5),
+      0: () => this.reset(), Home: () => this.reset(), "?": () => this.help.showModal(),
+      ArrowLeft: () => pan(1, 0), ArrowRight: () => pan(-1, 0), ArrowUp: () => pan(0, 1), ArrowDown: () => pan(0, -1),
+      " ": () => (this.playing ? this.pause() : this.play()), ",": () => back(-1), ".": () => back(1),
+      o: () => this.setOptions({ outlines: !this.options.outlines }), c: () => this.target && this.wipeButton.click(),
+      Enter: () => this.#pin(this.#place(null)), Escape: () => this.select(null),
+    };
+    const action = actions[key.length === 1 ? key.toLowerCase() : key];
+    if (!action) return;
+    event.preventDefault();
+    action();
+  }
+}
+
+/** Puts a page into an element; resolves to its Viewer once it is drawn. What fails is said in the element, and thrown. */
+export async function mount(root, page, options = {}) {
+  let viewer = null;
+  try {
+    viewer = new Viewer(root, options);
+    await viewer.load(page);
+    viewer.draw();
+    return viewer;
+  } catch (error) {
+    viewer?.destroy();
+    const sentence = error instanceof PageError ? error.message : `This picture could not be shown: ${error.message}`;
+    root.classList.add("gs2d-viewer");
+    root.replaceChildren(element("p", { class: "gs2d-error", role: "alert", textContent: sentence }));
+    throw error;
+  }
+}
