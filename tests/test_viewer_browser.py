@@ -4,12 +4,13 @@ What is drawn is held to `render` of the very numbers that the page stores, afte
 drawn (`idle`), and every wait here waits for that, or for words on the page.
 """
 import base64
+import io
 import json
 import math
+import re
 import shutil
 import struct
 import zlib
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -111,72 +112,531 @@ def browser():
         browser.close()
 
 
+def watched(context, tab):
+    "The tab, which keeps the addresses it asks for and the errors nobody caught."
+    context.set_offline(True)
+    tab.requests, tab.errors = [], []
+    tab.on("request", lambda request: tab.requests.append(request.url))
+    tab.on("pageerror", lambda error: tab.errors.append(str(error)))
+    return tab
+
+
+def open_file(tab, path, html, fails=False):
+    path.write_text(html)
+    tab.goto(path.as_uri())
+    tab.wait_for_function("document.querySelector('[role=alert]')" if fails else "window.gs2d || document.querySelector('[role=alert]')")
+    if not fails:
+        assert not tab.errors, tab.errors
+    return tab
+
+
 @pytest.fixture
 def opened(browser, tmp_path):
-    "A function that opens a page from a file, with the network off, and gives what a person and a program can do there."
-    contexts = []
+    "A function that opens a page from a file, with the network off. At the end, nothing but the file was asked for."
+    tabs = []
 
-    def open_page(page, options="{}", fails=False, **context_options):
-        context = browser.new_context(viewport=dict(width=800, height=600), **context_options) if "viewport" not in context_options \
-            else browser.new_context(**context_options)
-        contexts.append(context)
-        context.set_offline(True)
-        tab = context.new_page()
-        tab.requests, tab.errors = [], []
-        tab.on("request", lambda request: tab.requests.append(request.url))
-        tab.on("pageerror", lambda error: tab.errors.append(str(error)))
-        path = tmp_path / f"page{len(contexts)}.html"
-        path.write_text(page if isinstance(page, str) else html_of(page, options))
-        tab.goto(path.as_uri())
-        tab.wait_for_selector("[role=alert]" if fails else ".gs2d-scene[aria-label]")
-        if not fails:
-            tab.wait_for_function("window.gs2d")
-            assert not tab.errors, tab.errors
-        return tab
+    def open_page(page, options="{}", fails=False, script=None, size=(800, 600), **context_options):
+        context = browser.new_context(viewport=dict(width=size[0], height=size[1]), **context_options)
+        if script:
+            context.add_init_script(script)
+        tabs.append(watched(context, context.new_page()))
+        return open_file(tabs[-1], tmp_path / f"page{len(tabs)}.html", html_of(page, options), fails)
 
     yield open_page
-    for context in contexts:
-        for tab in context.pages:
-            assert all(url.startswith(("file://", "data:")) for url in tab.requests), tab.requests
-        context.close()
+    for tab in tabs:
+        asked = [url for url in tab.requests if not url.startswith(("data:", "about:"))]
+        assert len(asked) == 1 and asked[0].startswith("file://"), asked
+        tab.context.close()
 
 
-def pixels(tab, width=WIDTH, height=HEIGHT, view=None):
+@pytest.fixture(scope="module")
+def tab(browser, tmp_path_factory):
+    "One tab for what a program does: `gs2d` draws with WebGL2, `plain` on a canvas."
+    context = browser.new_context(viewport=dict(width=500, height=400))
+    tab = watched(context, context.new_page())
+    page, _ = page_of([random_scene()])
+    open_file(tab, tmp_path_factory.mktemp("viewer") / "page.html", html_of(page, '{"renderer": "webgl2"}'))
+    tab.evaluate("""async (page) => { window.plain = await tools.mount(document.body.appendChild(document.createElement("div")), page,
+      { renderer: "canvas" }); }""", page)
+    yield tab
+    context.close()
+
+
+def show(tab, page, renderer="webgl2"):
+    "Loads another page into one of the two viewers of `tab`; its name."
+    name = dict(webgl2="gs2d", canvas="plain")[renderer]
+    tab.evaluate(f"async (page) => {{ {name}.setOptions({{ size: 1, shown: null }}); await {name}.load(page); {name}.reset(); }}", page)
+    assert tab.evaluate(f"{name}.renderer") == renderer
+    return name
+
+
+def pixels(tab, view=None, name="gs2d", width=WIDTH, height=HEIGHT):
     "(H, W, 4) what the viewer draws at that size, in [0, 1]."
-    code = """([w, h, view]) => { const bytes = gs2d.pixels(w, h, view); let text = "";
-      for (let i = 0; i < bytes.length; i += 4096) text += String.fromCharCode(...bytes.subarray(i, i + 4096)); return btoa(text); }"""
+    code = f"""([w, h, view]) => {{ const bytes = {name}.pixels(w, h, view); let text = "";
+      for (let i = 0; i < bytes.length; i += 4096) text += String.fromCharCode(...bytes.subarray(i, i + 4096)); return btoa(text); }}"""
     raw = base64.b64decode(tab.evaluate(code, [width, height, view or {}]))
     return torch.tensor(list(raw), dtype=torch.float32).reshape(height, width, 4) / 255
 
 
-def expected(scene, width=WIDTH, height=HEIGHT, view=None):
+def within(scene, domain):
+    "The same Gaussians, seen through another part of the plane."
+    return Gaussians2D(*(getattr(scene, name).detach() for name in PARAMETER_NAMES), domain, scene.blend, scene.background)
+
+
+def expected(scene, view=None, width=WIDTH, height=HEIGHT):
     "(H, W, 4) what `render` draws there: a part of the domain is a domain."
     if view:
         x, y, w, h = view["x"], view["y"], DOMAIN.width / view["zoom"] / 2, DOMAIN.height / view["zoom"] / 2
-        scene = Gaussians2D(*(getattr(scene, name) for name in PARAMETER_NAMES), Domain2D((x - w, x + w), (y - h, y + h)), scene.blend,
-                            scene.background)
+        scene = within(scene, Domain2D((x - w, x + w), (y - h, y + h)))
     image = render(scene, height, width, backend="reference").detach().float().clamp(0, 1)
-    if image.shape[-1] == 1:
-        image = image.expand(-1, -1, 3)
+    image = image.expand(-1, -1, 3) if image.shape[-1] == 1 else image
     return image if image.shape[-1] == 4 else torch.cat([image, torch.ones(height, width, 1)], -1)
 
 
-def assert_same(tab, scene, view=None):
-    difference = (pixels(tab, view=view) - expected(scene, view=view)).abs().max()
-    assert difference <= 2 / 255, f"{float(difference) * 255:.1f} levels"
+def assert_same(drawn, wanted, levels=2):
+    difference = 255 * (drawn - wanted).abs().max()
+    assert difference <= levels, f"{float(difference):.1f} levels of 255"
 
 
-# --------------------------------------------------------------------------------------------- what is drawn
+def screenshot(locator):
+    "(H, W, 3) what is on the screen, in [0, 1]."
+    image = Image.open(io.BytesIO(locator.screenshot())).convert("RGB")
+    return torch.tensor(np.asarray(image), dtype=torch.float32) / 255
 
-VIEWS = [None, dict(x=1.3, y=-0.7, zoom=4.0)]
+
+# ------------------------------------------------------------------------------------------------ what is drawn
+
+RENDERERS = "webgl2", "canvas"
 
 
-@pytest.mark.parametrize("renderer", ["webgl2", "canvas"])
+@pytest.mark.parametrize("renderer", RENDERERS)
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("blend", list(Blend))
-def test_the_picture_is_that_of_render(opened, blend, channels, renderer):
+def test_the_picture_is_that_of_render(tab, blend, channels, renderer):
     page, [scene] = page_of([random_scene(channels=channels, blend=blend)])
-    tab = opened(page, json.dumps(dict(renderer=renderer)))
-    assert tab.evaluate("gs2d.renderer") == renderer
-    for view in VIEWS:
-        assert_same(tab, scene, view)
+    name = show(tab, page, renderer)
+    for view in None, dict(x=1.3, y=-0.7, zoom=4.0):
+        assert_same(pixels(tab, view, name), expected(scene, view))
+
+
+def test_fields_of_32_bits_are_exact(tab):
+    scene = random_scene(seed=1)
+    page, [kept] = page_of([scene], bits=dict.fromkeys(PARAMETER_NAMES, 32))
+    assert torch.equal(kept.means.float(), scene.means)
+    assert_same(pixels(tab, name=show(tab, page)), expected(kept))
+
+
+@pytest.mark.parametrize("renderer", RENDERERS)
+def test_a_scene_has_no_pixels(tab, renderer):
+    "At 50 times the slope of one Gaussian is still a slope; a magnified picture has steps of about 50 pixels there."
+    scene = Gaussians2D(torch.tensor([[1.2345, 0.4321]]), torch.tensor([[-3.0, -2.5]]), torch.tensor([0.7]), torch.tensor([9.0]),
+                        torch.tensor([[0.9, 0.5, 0.2]]), DOMAIN, Blend.ADDITIVE)
+    page, [kept] = page_of([scene])
+    view = dict(x=1.27, y=0.43, zoom=50.0)
+    drawn = pixels(tab, view, show(tab, page, renderer), 200, 120)
+    assert_same(drawn, expected(kept, view, 200, 120))
+    row = drawn[60, :, 0]
+    slope = row[(row > 0.2) & (row < 0.7)]
+    changes = (slope.diff() != 0).float()
+    assert len(slope) > 50 and changes.mean() > 0.6
+    assert row.unique().numel() > 100
+
+
+@pytest.mark.parametrize("blend", list(Blend))
+@pytest.mark.parametrize("renderer", RENDERERS)
+def test_a_deep_zoom_does_not_tremble(tab, renderer, blend):
+    "At 100,000 times, where float32 has no digits left for the difference of two places; `render` here counts in float64."
+    scene = random_scene(20, blend=blend, seed=3)
+    centre = torch.tensor([2.34567, -1.23456])
+    with torch.no_grad():
+        scene.means[:3] = centre
+        scene.log_scales[:3] = torch.tensor([[-10.0, -11.0], [-10.5, -9.5], [-0.5, -10.8]])
+        scene.rotations[2] = 0.3
+    page, [kept] = page_of([scene], bits=dict.fromkeys(PARAMETER_NAMES, 32))
+    name = show(tab, page, renderer)
+    x, y = kept.means[0].tolist()
+    for shift in 0, 0.1, 0.2:  # pixels
+        view = dict(x=x + shift * DOMAIN.width / WIDTH / 1e5, y=y, zoom=1e5)
+        assert_same(pixels(tab, view, name), expected(kept, view))
+    assert pixels(tab, view, name)[..., :3].std() > 0.05
+
+
+@pytest.mark.parametrize("renderer", RENDERERS)
+def test_what_is_on_the_screen_is_the_picture_the_right_way_up(opened, renderer):
+    page, [scene] = page_of([random_scene(seed=5)])
+    tab = opened(page, json.dumps(dict(renderer=renderer, controls=False)))
+    stage = tab.locator(".gs2d-stage")
+    box = stage.bounding_box()
+    assert (box["width"], box["height"]) == (800, 600)
+    drawn = screenshot(stage)
+    assert_same(drawn[60:540], expected(scene, width=800, height=480)[..., :3])  # 10 by 6 units in 800 by 600 pixels
+    assert (drawn[:59] == drawn[0, 0]).all()  # the page around it
+
+
+def test_four_channels_lie_on_a_chequerboard(opened):
+    scene = Gaussians2D(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.5, 0.5]]), torch.zeros(1), torch.tensor([9.0]),
+                        torch.tensor([[0.8, 0.1, 0.1, 1.0]]), DOMAIN, Blend.OVER, (0.0,) * 4)
+    for renderer in RENDERERS:
+        drawn = screenshot(opened(page_of([scene])[0], json.dumps(dict(renderer=renderer, controls=False))).locator(".gs2d-stage"))
+        assert_same(drawn[300, 400], torch.tensor([0.79, 0.1, 0.1]), 4)
+        corner = drawn[70:110, 10:50].reshape(-1, 3).unique(dim=0)
+        assert {tuple(round(255 * v) for v in color.tolist()) for color in corner} >= {(204,) * 3, (255,) * 3}
+
+
+@pytest.mark.parametrize("renderer", RENDERERS)
+def test_smaller_and_fewer_gaussians(tab, renderer):
+    page, [scene] = page_of([random_scene(30, blend=Blend.OVER, seed=2)])
+    name = show(tab, page, renderer)
+    tab.evaluate(f"{name}.setOptions({{ size: 0.25, shown: 7 }})")
+    importance = scene.opacities * scene.scales.prod(-1)
+    kept = importance.argsort(descending=True)[:7].sort().values
+    values = {name: getattr(scene, name).detach()[kept] for name in PARAMETER_NAMES}
+    values["log_scales"] += math.log(0.25)
+    assert_same(pixels(tab, name=name), expected(Gaussians2D(*values.values(), DOMAIN, scene.blend, scene.background)))
+
+
+# --------------------------------------------------------------------------------------------------- recordings
+
+BIRTHS, DEATHS, PARENTS = [0, 0, 0, 1, 2, 2, 3], [5, 2, 5, 5, 5, 5, 5], [-1, -1, -1, 0, 1, 1, -1]  # 1 is split into 4 and 5; 6 is new
+
+
+def recording(blend=Blend.WEIGHTED, **header):
+    "Five moments of seven Gaussians: the page, and the scene of every moment."
+    scenes = [random_scene(7, blend=blend, seed=9)]
+    for m in range(1, 5):
+        step = random_scene(7, blend=blend, seed=20 + m)
+        moved = (getattr(scenes[-1], name).detach() + 0.15 * getattr(step, name).detach() for name in PARAMETER_NAMES)
+        scenes.append(Gaussians2D(*moved, DOMAIN, blend, scenes[0].background))
+    return page_of(scenes, BIRTHS, DEATHS, PARENTS, **header)
+
+
+def test_every_moment_of_a_recording_is_its_scene(tab):
+    for blend in Blend:
+        page, scenes = recording(blend)
+        show(tab, page)
+        for m in 4, 1, 0, 2, 3:
+            tab.evaluate("(m) => gs2d.setMoment(m)", m)
+            assert_same(pixels(tab), expected(scenes[m]))
+
+
+def test_between_two_moments_gaussians_are_on_their_way(tab):
+    page, scenes = recording(Blend.OVER)
+    show(tab, page)
+    here, then = scenes[1], scenes[2]  # rows are Gaussians 0 1 2 3, and 0 2 3 4 5
+    start = [0, 1, 2, 3, 1, 1]
+    end = [0, None, 1, 2, 3, 4]
+    for f in 0.25, 0.8:
+        tab.evaluate("(t) => gs2d.setMoment(t)", 1 + f)
+        values = {}
+        for name in PARAMETER_NAMES:
+            a, b = getattr(here, name).detach(), getattr(then, name).detach()
+            values[name] = torch.stack([a[i] if j is None else (1 - f) * a[i] + f * b[j] for i, j in zip(start, end)])
+        fade = torch.tensor([1, 1 - f, 1, 1, f, f], dtype=torch.float64)
+        values["opacity_logits"] = torch.logit(values["opacity_logits"].sigmoid() * fade)
+        assert_same(pixels(tab), expected(Gaussians2D(*values.values(), DOMAIN, Blend.OVER, here.background)))
+
+
+def test_a_recording_opens_with_its_end_and_is_scrubbed(opened):
+    page, scenes = recording()
+    tab = opened(page)
+    scrubber = tab.get_by_label("Moment of the training")
+    assert tab.evaluate("gs2d.moment") == 4 and tab.locator(".gs2d-when").inner_text() == "step 400 · 24.00 dB · 6 Gaussians"
+    scrubber.focus()
+    for _ in range(2):
+        tab.keyboard.press("ArrowLeft")
+    tab.evaluate("gs2d.idle()")
+    assert tab.evaluate("gs2d.moment") == 2 and tab.locator(".gs2d-when").inner_text() == "step 200 · 22.00 dB · 5 Gaussians"
+    assert_same(pixels(tab), expected(scenes[2]))
+    box = scrubber.bounding_box()
+    tab.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    tab.evaluate("gs2d.idle()")
+    assert 1.8 < tab.evaluate("gs2d.moment") < 2.2
+
+
+def test_space_plays_and_pauses(opened):
+    tab = opened(recording()[0])
+    tab.keyboard.press("Space")
+    tab.wait_for_function("gs2d.playing && gs2d.moment > 0 && gs2d.moment % 1 > 0")
+    assert tab.get_by_role("button", name="Pause").is_visible()
+    tab.keyboard.press("Space")
+    assert not tab.evaluate("gs2d.playing")
+    tab.keyboard.press(".")
+    moment = tab.evaluate("gs2d.moment")
+    assert moment == int(moment)
+    tab.get_by_role("button", name="Play").click()
+    tab.wait_for_function("!gs2d.playing && gs2d.moment === 4")  # it stops at the end
+
+
+def test_whoever_wants_less_motion_sees_whole_moments(opened):
+    tab = opened(recording()[0], reduced_motion="reduce")
+    tab.evaluate("""() => { window.seen = []; const set = gs2d.setMoment.bind(gs2d);
+      gs2d.setMoment = (t) => { seen.push(t); set(t); }; gs2d.play(); }""")
+    tab.wait_for_function("!gs2d.playing")
+    seen = tab.evaluate("seen")
+    assert set(seen) <= {0, 1, 2, 3, 4} and len(set(seen)) > 2
+
+
+# ---------------------------------------------------------------------------------------------- hands and keys
+
+def view_of(tab):
+    return tab.evaluate("gs2d.view")
+
+
+def centre_of(tab):
+    box = tab.locator(".gs2d-over").bounding_box()
+    return round(box["x"] + box["width"] / 2), round(box["y"] + box["height"] / 2)
+
+
+def test_keys_move_the_picture(opened):
+    tab = opened(page_of([random_scene()])[0])
+    tab.keyboard.press("+")  # nothing has the focus yet
+    assert view_of(tab) == dict(x=0, y=0, zoom=1.5)
+    tab.locator(".gs2d-over").focus()
+    tab.keyboard.press("ArrowRight")
+    tab.keyboard.press("ArrowUp")
+    moved = view_of(tab)
+    assert moved["x"] > 0.1 and moved["y"] > 0.1
+    tab.wait_for_function("document.querySelector('[role=status]').textContent.startsWith('zoom ×1.5, centre')")
+    tab.keyboard.press("-")
+    assert view_of(tab)["zoom"] == pytest.approx(1)
+    tab.keyboard.press("0")
+    assert view_of(tab) == dict(x=0, y=0, zoom=1)
+    tab.keyboard.press("o")
+    assert tab.get_by_role("button", name="Outlines").get_attribute("aria-pressed") == "true" or tab.evaluate("gs2d.options.outlines")
+    tab.keyboard.press("?")
+    assert tab.get_by_role("dialog").is_visible()
+    tab.keyboard.press("Escape")
+    assert tab.get_by_role("dialog").count() == 0
+    tab.get_by_role("button", name="Zoom in").click()
+    assert view_of(tab)["zoom"] == 1.5
+
+
+def test_the_wheel_and_the_mouse_move_the_picture(opened):
+    tab = opened(page_of([random_scene()])[0])
+    x, y = centre_of(tab)
+    place = "([x, y]) => { const p = gs2d.placeOf({ clientX: x, clientY: y }); return [p.x, p.y]; }"
+    before = tab.evaluate(place, [x + 100, y - 50])
+    tab.mouse.move(x + 100, y - 50)
+    tab.mouse.wheel(0, -300)
+    tab.wait_for_function("gs2d.view.zoom > 1.2")
+    assert tab.evaluate(place, [x + 100, y - 50]) == pytest.approx(before)  # what was under the pointer still is
+    start = view_of(tab)
+    tab.mouse.down()
+    tab.mouse.move(x + 40, y - 20, steps=4)
+    tab.mouse.up()
+    assert tab.evaluate(place, [x + 40, y - 20]) == pytest.approx(before) and view_of(tab)["x"] > start["x"]
+    tab.mouse.dblclick(x, y)
+    assert view_of(tab)["zoom"] == pytest.approx(2 * start["zoom"])
+
+
+def test_two_fingers_zoom(opened):
+    tab = opened(page_of([random_scene()])[0], has_touch=True, is_mobile=True, size=(360, 640))
+    x, y = centre_of(tab)
+    touch = tab.context.new_cdp_session(tab)
+    for kind, apart in ("touchStart", 30), ("touchMove", 60), ("touchMove", 90), ("touchEnd", None):
+        points = [] if apart is None else [dict(x=x + side * apart, y=y, id=i) for i, side in enumerate((-1, 1))]
+        touch.send("Input.dispatchTouchEvent", dict(type=kind, touchPoints=points))
+    tab.wait_for_function("Math.abs(gs2d.view.zoom - 3) < 0.05")
+    assert abs(view_of(tab)["x"]) < 0.2
+
+
+def blobs(blend=Blend.WEIGHTED):
+    "Three Gaussians apart, and a small one on the third, behind it."
+    return Gaussians2D(torch.tensor([[-3.0, 1.0], [0.0, -1.0], [3.0, 1.0], [3.05, 1.0]]), torch.tensor([[-0.5, -1.0]] * 3 + [[-2.0, -2.0]]),
+                       torch.tensor([0.5, 0.0, -0.5, 0.0]), torch.tensor([2.0, 2.0, 2.0, 0.0]), torch.rand(4, 3), DOMAIN, blend)
+
+
+def test_pointing_at_a_gaussian_shows_its_numbers(opened):
+    page, [scene] = page_of([blobs(Blend.OVER)])
+    tab = opened(page)
+    card, unit = tab.locator(".gs2d-card"), tab.evaluate("gs2d.pixelsPerUnit")
+    x, y = centre_of(tab)
+    assert card.is_hidden()
+    for row in 1, 0, 2:
+        mx, my = scene.means[row].tolist()
+        tab.mouse.move(x + mx * unit, y - my * unit)
+        tab.wait_for_function("(row) => document.querySelector('.gs2d-card dd')?.textContent === row", arg=str(row))
+        words = card.inner_text()
+        assert f"{scene.scales[row, 0]:.3g}" in words and f"{scene.opacities[row]:.3g}" in words
+        assert f"{math.degrees(scene.rotations[row]) % 180:.3g}°" in words
+    tab.mouse.move(x, y + unit * 2.5)
+    tab.wait_for_function("document.querySelector('.gs2d-card').hidden")
+    tab.mouse.click(x, y + unit)  # a click keeps it
+    tab.mouse.move(x, y + unit * 2.5)
+    tab.evaluate("gs2d.idle()")
+    assert card.locator("dd").first.inner_text() == "1" and tab.evaluate("gs2d.picked.pinned")
+    tab.keyboard.press("Escape")
+    tab.evaluate("gs2d.idle()")
+    assert card.is_hidden()
+
+
+def test_enter_picks_the_gaussian_in_the_middle(opened):
+    tab = opened(page_of([blobs()])[0])
+    tab.evaluate("gs2d.setView({ x: -3, y: 1, zoom: 2 })")
+    tab.locator(".gs2d-over").focus()
+    tab.keyboard.press("Enter")
+    tab.wait_for_function("document.querySelector('[role=status]').textContent.startsWith('Gaussian 0')")
+    assert tab.evaluate("gs2d.picked.index") == 0
+
+
+def png(picture):
+    "A picture, (H, W, 3) of bytes, as an address."
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def test_wipe_shows_the_picture_to_reach(opened):
+    target = (smooth_picture(120, 200) * 255).round().byte().numpy()
+    page, [scene] = page_of([random_scene()], target=png(target))
+    tab = opened(page, '{"controls": true}', size=(800, 640))
+    tab.get_by_role("button", name="Compare").click()
+    tab.evaluate("gs2d.idle()")
+    stage, unit = tab.locator(".gs2d-stage"), tab.evaluate("gs2d.pixelsPerUnit")
+    width, height = round(10 * unit), round(6 * unit)
+    drawn = screenshot(stage)
+    top, left = (drawn.shape[0] - height) // 2, (drawn.shape[1] - width) // 2
+    left_half, right_half = (drawn[top + 20:top + height - 20, left + x:left + x + width // 4] for x in (20, width // 2 + 20))
+    wanted = expected(scene, width=width, height=height)[20:-20, 20:20 + width // 4, :3]
+    assert (left_half - wanted).abs().mean() < 0.01
+    shown = Image.fromarray(target).resize((width, height), Image.NEAREST)
+    shown = torch.tensor(np.asarray(shown), dtype=torch.float32)[20:-20, width // 2 + 20:width // 2 + 20 + width // 4] / 255
+    clear = torch.ones(len(shown), dtype=torch.bool)
+    clear[len(shown) // 2 - 40:len(shown) // 2 + 40] = False  # the handle
+    assert (right_half - shown)[clear].abs().mean() < 0.01
+    tab.get_by_label("Where the picture to reach begins").focus()
+    tab.keyboard.press("ArrowLeft")
+    assert tab.evaluate("gs2d.options.wipe") == pytest.approx(0.49)
+
+
+# ------------------------------------------------------------------------------------- every screen and everybody
+
+@pytest.mark.parametrize("size", [(360, 640), (320, 480), (1280, 720)])
+def test_nothing_is_wider_than_the_screen(opened, size):
+    tab = opened(recording(target=png(np.zeros((6, 10, 3), np.uint8)), title="A long title that goes on and on " * 4)[0], size=size)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= size[0]
+    assert tab.locator(".gs2d-stage").bounding_box()["height"] > 0.3 * size[1]
+    for control in tab.locator("button:visible, input:visible").all():
+        box = control.bounding_box()
+        inside = control.get_attribute("class") == "gs2d-wipe" or (box["x"] >= 0 and box["x"] + box["width"] <= size[0])
+        assert inside and box["y"] + box["height"] <= size[1] and min(box["width"], box["height"]) >= 24, control.get_attribute("aria-label")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_everybody_can_use_it(opened, scheme):
+    tab = opened(recording(target=png(np.zeros((6, 10, 3), np.uint8)))[0], color_scheme=scheme)
+    ground = "getComputedStyle(document.querySelector('.gs2d-viewer')).backgroundColor"
+    assert (sum(map(int, re.findall(r"\d+", tab.evaluate(ground))[:3])) > 380) == (scheme == "light")
+    tab.evaluate("gs2d.setOptions({ wipe: 0.5, outlines: true }); gs2d.setView({ zoom: 10 }); gs2d.select(0); gs2d.idle()")
+    for _ in range(2):
+        found = Axe().run(tab).response["violations"]
+        bad = [(rule["id"], rule["nodes"][0]["html"]) for rule in found if rule["impact"] in ("serious", "critical")]
+        assert not bad, bad
+        tab.keyboard.press("?")
+
+
+def test_a_page_in_a_frame(opened):
+    "As Jupyter shows it: an <iframe srcdoc>, which has no address of its own."
+    page, [scene] = page_of([random_scene()])
+    tab = opened(page)
+    tab.evaluate("""(html) => { const frame = document.createElement("iframe"); frame.srcdoc = html; frame.style = "width: 500px; height: 400px";
+      frame.sandbox = "allow-scripts"; document.body.replaceChildren(frame); }""", html_of(page))
+    frame = tab.frames[1]
+    frame.wait_for_function("window.gs2d")
+    assert_same(pixels(frame), expected(scene))
+
+
+# --------------------------------------------------------------------------------------------- where it goes wrong
+
+WITHOUT = """for (const [name, old] of [["getContext", HTMLCanvasElement.prototype.getContext]])
+  HTMLCanvasElement.prototype[name] = function (kind, ...rest) { return %s.includes(kind) ? null : old.call(this, kind, ...rest); };"""
+
+
+def test_a_lost_context_is_replaced(opened):
+    page, [scene] = page_of([random_scene()])
+    tab = opened(page)
+    tab.evaluate("window.old = gs2d.painter; old.gl.getExtension('WEBGL_lose_context').loseContext()")
+    tab.wait_for_function("gs2d.painter !== old")
+    tab.evaluate("gs2d.idle()")
+    assert tab.locator(".gs2d-scene").count() == 1
+    assert_same(pixels(tab), expected(scene))
+
+
+def test_without_webgl2_it_draws_on_a_plain_canvas(opened):
+    page, [scene] = page_of([random_scene()])
+    tab = opened(page, script=WITHOUT % '["webgl2"]')
+    assert tab.evaluate("gs2d.renderer") == "canvas"
+    assert_same(pixels(tab), expected(scene))
+
+
+def damaged(page, **changes):
+    return {**page, **changes}
+
+
+def inflated(page):
+    return zlib.decompress(base64.b64decode(page["data"]))
+
+
+def deflated(data):
+    return base64.b64encode(zlib.compress(data)).decode()
+
+
+@pytest.mark.parametrize("words, changes", [
+    ("not a gs2d page", lambda page: dict(format="something")),
+    ("version 2", lambda page: dict(version=2)),
+    ("damaged", lambda page: dict(data=page["data"][: len(page["data"]) // 2])),
+    ("damaged", lambda page: dict(data="<b>no base64</b>")),
+    ("damaged", lambda page: dict(data=deflated(inflated(page)[:-1]))),
+    ("damaged", lambda page: dict(data=deflated(inflated(page) + b"\0"))),
+    ("damaged", lambda page: dict(n=10**9)),
+    ("damaged", lambda page: dict(n="7")),
+    ("damaged", lambda page: dict(moments=[])),
+    ("damaged", lambda page: dict(fields=page["fields"][::-1])),
+    ("damaged", lambda page: dict(x_dim=[5, -5])),
+    ("damaged", lambda page: dict(data=deflated(inflated(page)[:28] + struct.pack("<7i", 6, 5, 4, 3, 2, 1, 99) + inflated(page)[56:]))),
+])
+def test_a_damaged_page_says_so_in_one_sentence(tab, words, changes):
+    page, _ = recording()
+    said = tab.evaluate("""async (page) => { const root = document.body.appendChild(document.createElement("div"));
+      const threw = await tools.mount(root, page).then(() => false, () => true), alert = root.querySelector("[role=alert]");
+      root.remove(); return [threw, alert?.textContent, root.childElementCount]; }""", {**page, **changes(page)})
+    assert said[0] and words in said[1] and said[2] == 1
+
+
+def test_an_old_browser_is_told_so(opened):
+    page, _ = page_of([random_scene()])
+    tab = opened(page, fails=True, script="delete window.DecompressionStream")
+    assert "too old" in tab.get_by_role("alert").inner_text()
+    tab = opened(page, fails=True, script=WITHOUT % '["webgl2", "2d"]')
+    assert "neither" in tab.get_by_role("alert").inner_text()
+
+
+def test_what_a_page_says_is_text(opened):
+    title = "</script><img src=x onerror='window.hacked = 1'><b>bold</b>"
+    page, _ = page_of([random_scene()], title=title, target="https://example.org/picture.png")
+    tab = opened(page)
+    assert tab.locator(".gs2d-title strong").inner_text() == title
+    assert tab.locator(".gs2d-viewer b, .gs2d-viewer img").count() == 0 and not tab.evaluate("window.hacked")
+
+
+def test_a_viewer_takes_another_page_and_goes_away(opened):
+    page, _ = page_of([random_scene()])
+    tab = opened(page)
+    tab.evaluate("gs2d.setView({ x: 1, y: 1, zoom: 3 })")
+    other, scenes = recording()
+    tab.evaluate("async (page) => { await gs2d.load(page); await gs2d.idle(); }", other)
+    assert view_of(tab) == dict(x=1, y=1, zoom=3) and tab.get_by_role("button", name="Play").is_visible()
+    assert_same(pixels(tab), expected(scenes[-1]))
+    tab.evaluate("gs2d.destroy()")
+    assert tab.locator("#gs2d-viewer").evaluate("(root) => root.childElementCount") == 0
+    tab.keyboard.press("+")
+    assert not tab.errors
+
+
+def test_an_empty_scene_is_its_background(tab):
+    page, [scene] = page_of([random_scene(1)], births=[0], deaths=[0])
+    assert_same(pixels(tab, name=show(tab, page)), expected(scene))
+
+
+def test_script_and_styles_are_small():
+    assert sum((SHOW / name).stat().st_size for name in ("viewer.js", "viewer.css")) < 60_000

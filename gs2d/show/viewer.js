@@ -10,7 +10,8 @@ const FIELDS = { means: 2, log_scales: 2, rotations: 1, opacity_logits: 1, color
 const BLENDS = ["weighted", "additive", "over"];
 const LARGEST = 1e12; // as gs2d.gaussians.LARGEST: what is farther away or thinner is not drawn
 const DEEPEST = 1e11; // times: beyond it even float64 has no more digits for the centre of the view
-const STRIDE = 17; // numbers of a projected Gaussian, see `project`
+const STRIDE = 20; // numbers of a projected Gaussian, see `project`
+const TEXELS = STRIDE / 4, IN_A_ROW = 256; // how they lie in a texture
 const clamp = (x, low, high) => Math.min(Math.max(x, low), high);
 const say = (x, digits = 3) => Number(x.toPrecision(digits)).toLocaleString("en", { maximumFractionDigits: 12 });
 const count = (n) => n.toLocaleString("en");
@@ -136,7 +137,7 @@ export function mostImportant(scene, shown) {
  * The Gaussians that reach a frame {x, y, sx, sy, width, height, zoom}: its centre in domain units, pixels per unit.
  *
  * Points p are in pixels from the frame's centre, y down, and u = L p + u₀ is p in standard deviations from the mean,
- * so that power = |u|². For each: [0, 6) the box, centre and two half axes; [6, 8) u₀; [8, 12) L; [12, 16) colour; opacity.
+ * so that power = |u|². For each: [0, 6) the box, centre and two half axes; [6, 8) u₀; [8, 12) L; [12, 16) colour; [16] opacity.
  * A box much larger than the frame is cut to it, so that every number stays near the frame at any zoom.
  */
 export function project(scene, frame, { size = 1, keep = null } = {}) {
@@ -234,17 +235,20 @@ export class CanvasRenderer {
 }
 
 const BOX_SHADER = `#version 300 es
-layout(location = 0) in vec4 a_box;        // centre, first half axis
-layout(location = 1) in vec4 a_more;       // second half axis, u0
-layout(location = 2) in vec4 a_shape;      // L
-layout(location = 3) in vec4 a_color;
-layout(location = 4) in float a_opacity;
-uniform vec2 half_size;
+precision highp float; precision highp sampler2D;
+uniform sampler2D gaussians; uniform vec2 half_size; uniform int last;
 flat out vec2 u0; flat out vec4 shape; flat out vec4 color; flat out float opacity;
-void main() {
-  vec2 corner = 1.001 * (2.0 * vec2(gl_VertexID & 1, gl_VertexID >> 1) - 1.0);  // a little more: corners are rounded
-  gl_Position = vec4((a_box.xy + corner.x * a_box.zw + corner.y * a_more.xy) / half_size, 0, 1);
-  u0 = a_more.zw; shape = a_shape; color = a_color; opacity = a_opacity;
+void main() {                              // two triangles each; an instance each would be slow
+  int i = gl_VertexID / 6, k = gl_VertexID % 6, corner = k < 3 ? k : k - 2;
+  if (last >= 0) i = last - i;             // the last one lies at the back, and is drawn first
+  ivec2 at = ivec2(${TEXELS} * (i % ${IN_A_ROW}), i / ${IN_A_ROW});
+  vec4 box = texelFetch(gaussians, at, 0), more = texelFetch(gaussians, at + ivec2(1, 0), 0);
+  u0 = more.zw;
+  shape = texelFetch(gaussians, at + ivec2(2, 0), 0);
+  color = texelFetch(gaussians, at + ivec2(3, 0), 0);
+  opacity = texelFetch(gaussians, at + ivec2(4, 0), 0).r;
+  vec2 side = 1.001 * (2.0 * vec2(corner & 1, corner >> 1) - 1.0);  // a little more: corners are rounded
+  gl_Position = vec4((box.xy + side.x * box.zw + side.y * more.xy) / half_size, 0, 1);
 }`;
 const WEIGHT_SHADER = `#version 300 es
 precision highp float;
@@ -286,18 +290,10 @@ export class GLRenderer {
     const floats = gl.getExtension("EXT_color_buffer_float"), blends = gl.getExtension("EXT_float_blend");
     if (!floats && !gl.getExtension("EXT_color_buffer_half_float")) throw new Error("no float targets");
     this.format = floats && blends && !half ? gl.RGBA32F : gl.RGBA16F;
-    this.boxes = this.program(BOX_SHADER, WEIGHT_SHADER, ["half_size", "cutoff", "low", "most"]);
+    this.boxes = this.program(BOX_SHADER, WEIGHT_SHADER, ["gaussians", "half_size", "last", "cutoff", "low", "most"]);
     this.screen = this.program(SCREEN_SHADER, BLEND_SHADER,
       ["first", "second", "background", "eps", "blend", "channels", "flip"]);
-    this.buffer = gl.createBuffer();
-    this.vertices = gl.createVertexArray();
-    gl.bindVertexArray(this.vertices);
-    gl.bindBuffer(gl.ARRAY_BUFFER, this.buffer);
-    for (let k = 0; k < 5; k++) {
-      gl.enableVertexAttribArray(k);
-      gl.vertexAttribPointer(k, k < 4 ? 4 : 1, gl.FLOAT, false, 4 * STRIDE, 16 * k);
-      gl.vertexAttribDivisor(k, 1);
-    }
+    this.gaussians = { texture: null, rows: 0 };
     this.targets = { width: 0, height: 0, textures: [], frame: gl.createFramebuffer() };
     this.resize(4, 4, 2);
     if (gl.checkFramebufferStatus(gl.FRAMEBUFFER) !== gl.FRAMEBUFFER_COMPLETE) throw new Error("no float targets");
@@ -314,6 +310,23 @@ export class GLRenderer {
     if (!gl.getProgramParameter(program, gl.LINK_STATUS)) throw new Error(gl.getProgramInfoLog(program) || "no context");
     return { program, at: Object.fromEntries(uniforms.map((name) => [name, gl.getUniformLocation(program, name)])) };
   }
+  texture(format, width, height) {
+    const { gl } = this, texture = gl.createTexture();
+    gl.bindTexture(gl.TEXTURE_2D, texture);
+    gl.texStorage2D(gl.TEXTURE_2D, 1, format, width, height);
+    for (const filter of [gl.TEXTURE_MIN_FILTER, gl.TEXTURE_MAG_FILTER]) gl.texParameteri(gl.TEXTURE_2D, filter, gl.NEAREST);
+    return texture;
+  }
+  upload({ n, values }) {
+    const { gl, gaussians } = this, rows = Math.ceil(n / IN_A_ROW), numbers = new Float32Array(rows * IN_A_ROW * STRIDE);
+    numbers.set(values.subarray(0, STRIDE * n));
+    if (rows > gaussians.rows) {
+      gl.deleteTexture(gaussians.texture);
+      Object.assign(gaussians, { rows, texture: this.texture(gl.RGBA32F, TEXELS * IN_A_ROW, rows) });
+    }
+    gl.bindTexture(gl.TEXTURE_2D, gaussians.texture);
+    if (rows) gl.texSubImage2D(gl.TEXTURE_2D, 0, 0, 0, TEXELS * IN_A_ROW, rows, gl.RGBA, gl.FLOAT, numbers);
+  }
   /** One texture for three channels, two for four, bound to be drawn into. */
   resize(width, height, number) {
     const { gl, targets } = this;
@@ -322,26 +335,14 @@ export class GLRenderer {
     targets.textures.forEach((texture) => gl.deleteTexture(texture));
     Object.assign(targets, { width, height, textures: [] });
     for (let k = 0; k < 2; k++) {
-      const texture = k < number ? gl.createTexture() : null;
-      if (texture) {
-        gl.bindTexture(gl.TEXTURE_2D, texture);
-        gl.texStorage2D(gl.TEXTURE_2D, 1, this.format, width, height);
-        gl.texParameteri(gl.TEXTURE_2D, gl.TEXTURE_MIN_FILTER, gl.NEAREST); // floats have no other
-        gl.texParameteri(gl.TEXTURE_2D, gl.TEXTURE_MAG_FILTER, gl.NEAREST);
-        targets.textures.push(texture);
-      }
-      gl.framebufferTexture2D(gl.FRAMEBUFFER, gl.COLOR_ATTACHMENT0 + k, gl.TEXTURE_2D, texture, 0);
+      if (k < number) targets.textures.push(this.texture(this.format, width, height));
+      gl.framebufferTexture2D(gl.FRAMEBUFFER, gl.COLOR_ATTACHMENT0 + k, gl.TEXTURE_2D, targets.textures[k] ?? null, 0);
     }
     gl.drawBuffers([gl.COLOR_ATTACHMENT0, number > 1 ? gl.COLOR_ATTACHMENT1 : gl.NONE]);
   }
-  accumulate({ n, values, frame: { width, height }, data }, clip) {
-    const { gl, boxes } = this, { blend, constants } = data.page, [r, g, b, a = 0] = data.background;
-    let numbers = new Float32Array(values.subarray(0, STRIDE * n));
-    if (blend === "over") { // the last one lies at the back, and is drawn first
-      const turned = new Float32Array(numbers.length);
-      for (let i = 0; i < n; i++) turned.set(numbers.subarray(STRIDE * i, STRIDE * (i + 1)), STRIDE * (n - 1 - i));
-      numbers = turned;
-    }
+  accumulate(screen, clip) {
+    const { gl, boxes } = this, { n, frame: { width, height }, data } = screen;
+    const { blend, constants } = data.page, [r, g, b, a = 0] = data.background;
     this.resize(width, height, data.channels === 4 ? 2 : 1);
     gl.viewport(0, 0, width, height);
     gl.enable(gl.SCISSOR_TEST);
@@ -355,10 +356,11 @@ export class GLRenderer {
     gl.uniform1f(boxes.at.cutoff, constants.cutoff_power);
     gl.uniform1f(boxes.at.low, constants.floor);
     gl.uniform1f(boxes.at.most, blend === "over" ? constants.max_alpha : 1e30);
-    gl.bindVertexArray(this.vertices);
-    gl.bindBuffer(gl.ARRAY_BUFFER, this.buffer);
-    gl.bufferData(gl.ARRAY_BUFFER, numbers, gl.STREAM_DRAW);
-    gl.drawArraysInstanced(gl.TRIANGLE_STRIP, 0, 4, n);
+    gl.uniform1i(boxes.at.last, blend === "over" ? n - 1 : -1);
+    gl.uniform1i(boxes.at.gaussians, 0);
+    gl.activeTexture(gl.TEXTURE0);
+    this.upload(screen);
+    gl.drawArrays(gl.TRIANGLES, 0, 6 * n);
     gl.disable(gl.BLEND);
   }
   resolve({ data }, flip) {
@@ -522,7 +524,7 @@ export class Viewer {
 
   /** From 0 to the number of moments less one; between two moments the Gaussians are on their way. */
   setMoment(moment) {
-    this.moment = clamp(Number(moment) || 0, 0, this.data.moments - 1);
+    this.moment = clamp(Number(moment), 0, this.data.moments - 1);
     this.#scene = null;
     this.#change();
   }
@@ -553,7 +555,7 @@ export class Viewer {
 
   /** The Gaussian that gives most to a point of the domain, with its numbers; null where none reaches. */
   pick(x, y) {
-    const { page: { blend, constants } } = this.data, unit = this.#unit();
+    const { page: { blend, constants } } = this.data, unit = this.pixelsPerUnit;
     const { n, rows, values } = this.#project({ x, y, sx: unit, sy: unit, width: 0, height: 0, zoom: this.view.zoom });
     let best = -1, most = 0, bestShare = 0, total = blend === "weighted" ? constants.eps : 0, light = 1;
     for (let i = 0; i < n; i++) {
@@ -678,7 +680,7 @@ export class Viewer {
     return project(scene, frame, { size: this.options.size, keep: this.#keep });
   }
   /** CSS pixels per domain unit. */
-  #unit() {
+  get pixelsPerUnit() {
     const { clientWidth, clientHeight } = this.stage;
     return Math.min(clientWidth / this.domain.width, clientHeight / this.domain.height) * this.view.zoom;
   }
@@ -687,13 +689,14 @@ export class Viewer {
   draw(scale = 1) {
     const { clientWidth: w, clientHeight: h } = this.stage, { x, y, zoom } = this.view, { x0, x1, y0, y1 } = this.domain;
     if (!w || !h || !this.data) return; // hidden
-    const unit = this.#unit(), ratio = Math.min(devicePixelRatio || 1, 4096 / Math.max(w, h)), fine = ratio * scale;
+    const unit = this.pixelsPerUnit, ratio = Math.min(devicePixelRatio || 1, 4096 / Math.max(w, h)), fine = ratio * scale;
     const box = { left: w / 2 + (x0 - x) * unit, right: w / 2 + (x1 - x) * unit, top: h / 2 + (y - y1) * unit, bottom: h / 2 + (y - y0) * unit };
     const seen = { left: clamp(box.left, 0, w), right: clamp(box.right, 0, w), top: clamp(box.top, 0, h), bottom: clamp(box.bottom, 0, h) };
     const [left, right, top, bottom] = [seen.left, seen.right, seen.top, seen.bottom].map((value) => Math.round(value * fine));
     const frame = { x, y, sx: unit * fine, sy: unit * fine, width: Math.round(w * fine), height: Math.round(h * fine), zoom };
     const screen = this.#project(frame);
     this.painter.show(screen, { x: left, y: top, width: right - left, height: bottom - top });
+    for (const canvas of [this.painter.canvas, this.over]) Object.assign(canvas.style, { width: `${w}px`, height: `${h}px` });
     Object.assign(this.ground.style, {
       left: `${seen.left}px`, top: `${seen.top}px`, width: `${seen.right - seen.left}px`, height: `${seen.bottom - seen.top}px` });
     this.#drawOver(screen, { w, h, unit, ratio, box, seen });
@@ -890,20 +893,21 @@ export class Viewer {
   // ---------------------------------------------------------------------------------------------- hands and keys
 
   /** A pointer's place, in CSS pixels from the middle of the picture, and in domain units. */
-  #place(event) {
-    const { left, top, width, height } = this.stage.getBoundingClientRect(), unit = this.#unit();
-    const dx = event ? event.clientX - left - width / 2 : 0, dy = event ? event.clientY - top - height / 2 : 0;
+  placeOf(event) {
+    const { left, top } = this.stage.getBoundingClientRect(), unit = this.pixelsPerUnit;
+    const dx = event ? event.clientX - left - this.stage.clientWidth / 2 : 0;
+    const dy = event ? event.clientY - top - this.stage.clientHeight / 2 : 0;
     return { dx, dy, x: this.view.x + dx / unit, y: this.view.y - dy / unit };
   }
   /** Zooms so that what is under the pointer stays there. */
   #zoomAt(factor, event) {
-    const { x, y } = this.#place(event), zoom = clamp(this.view.zoom * factor, 0.5, DEEPEST), k = this.view.zoom / zoom;
+    const { x, y } = this.placeOf(event), zoom = clamp(this.view.zoom * factor, 0.5, DEEPEST), k = this.view.zoom / zoom;
     this.#move();
     this.setView({ x: x + (this.view.x - x) * k, y: y + (this.view.y - y) * k, zoom });
     if (!event) this.#sayView();
   }
   #pan(dx, dy) {
-    const unit = this.#unit();
+    const unit = this.pixelsPerUnit;
     this.#move();
     this.setView({ x: this.view.x - dx / unit, y: this.view.y + dy / unit });
   }
@@ -935,7 +939,7 @@ export class Viewer {
     const pointer = this.#pointers.get(event.pointerId);
     this.#pointers.delete(event.pointerId);
     if (event.type !== "pointerup" || !pointer || pointer.path > 4) return;
-    this.#pin(this.#place(event));
+    this.#pin(this.placeOf(event));
   }
   #pin({ x, y }) {
     const found = this.pick(x, y), again = this.picked?.pinned && found?.id === this.picked.id;
@@ -945,7 +949,7 @@ export class Viewer {
   }
   #hover(event) {
     if (this.picked?.pinned || event?.pointerType === "touch") return;
-    const { x, y } = this.#place(event), picked = event ? this.pick(x, y) : null;
+    const { x, y } = this.placeOf(event), picked = event ? this.pick(x, y) : null;
     if (picked || this.picked) this.#change();
     this.picked = picked;
   }
@@ -954,7 +958,7 @@ export class Viewer {
     const { target, key } = event, here = this.root.contains(target);
     const wholePage = target === document.body && this.root.parentElement === document.body; // nothing else wants keys
     if (!(here || wholePage) || event.ctrlKey || event.metaKey || event.altKey || this.help.open) return;
-    if (target.type === "range" && /^(Arrow|Home|End|Page)/.test(key)) return;
+    if (target.type === "range" && target !== this.scrubber && /^(Arrow|Home|End|Page)/.test(key)) return;
     if (target.localName === "button" && (key === " " || key === "Enter")) return;
     const step = 0.15 * Math.min(this.stage.clientWidth, this.stage.clientHeight);
     const pan = (dx, dy) => { this.#pan(dx * step, dy * step); this.#sayView(); };
@@ -965,8 +969,11 @@ export class Viewer {
       ArrowLeft: () => pan(1, 0), ArrowRight: () => pan(-1, 0), ArrowUp: () => pan(0, 1), ArrowDown: () => pan(0, -1),
       " ": () => (this.playing ? this.pause() : this.play()), ",": () => back(-1), ".": () => back(1),
       o: () => this.setOptions({ outlines: !this.options.outlines }), c: () => this.target && this.wipeButton.click(),
-      Enter: () => this.#pin(this.#place(null)), Escape: () => this.select(null),
+      Enter: () => this.#pin(this.placeOf(null)), Escape: () => this.select(null),
     };
+    const scrub = { ArrowLeft: () => back(-1), ArrowDown: () => back(-1), ArrowRight: () => back(1), ArrowUp: () => back(1),
+      Home: () => this.setMoment(0), End: () => this.setMoment(Infinity), PageUp: () => back(10), PageDown: () => back(-10) };
+    if (target === this.scrubber) Object.assign(actions, scrub);
     const action = actions[key.length === 1 ? key.toLowerCase() : key];
     if (!action) return;
     event.preventDefault();
