@@ -25,16 +25,18 @@ load = Gaussians2D.load  # a scene from a file
 
 __all__ = [
     "Blend", "DensifyConfig", "Domain2D", "ErrorGrowth", "Gaussians2D", "GroundTruth", "InitLevel", "L1SSIMLoss",
-    "LRSchedule", "LiveTrainer", "TrainConfig", "TrainResult", "Trainer", "draw_outlines", "fit_image",
+    "LRSchedule", "LiveTrainer", "Recorder", "TrainConfig", "TrainResult", "Trainer", "draw_outlines", "fit_image",
     "initialize_scene", "l1_loss", "l2_loss", "load", "project", "psnr", "rasterize", "record", "render", "ssim"]
 
 
 def __getattr__(name: str):
-    "What imports ipywidgets, or writes videos, at its first use."
+    "What imports ipywidgets, or looks at a training, at its first use."
     if name == "LiveTrainer":
         from .show.panel import LiveTrainer as found
     elif name == "record":
         from .show.film import record as found
+    elif name == "Recorder":
+        from .show.viewer import Recorder as found
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return found

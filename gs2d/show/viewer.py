@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from ..checks import whole
-from ..gaussians import Gaussians2D
+from ..gaussians import Blend, Gaussians2D
 from ..io.moments import Moment, Recording, raw_values, recording_of
 from ..io.pages import Page, page_bytes, page_path
 from ..io.pictures import viewable
@@ -31,9 +31,14 @@ from ..train import StepRecord, Trainer, TrainResult, Wrapper
 class Family:
     "Which Gaussian is which, over the rounds of growth: an identity for each row, and for each identity its parent."
 
-    def __init__(self, n_gaussians: int):
+    def __init__(
+        self,
+        n_gaussians: int,
+        ordered: bool = False,  # the order of the rows is what is in front of what, as in Blend.OVER
+    ):
         self.ids = np.arange(n_gaussians)  # of the rows there are now
-        self.order, self.parents, self._born = self.ids.tolist(), {}, n_gaussians
+        self.order, self.parents = self.ids.tolist(), {}  # all identities so far; identity -> its parent
+        self._ordered, self._born = ordered, n_gaussians
 
     def follow(
         self,
@@ -43,25 +48,27 @@ class Family:
         first = np.zeros(len(source), bool)
         first[np.unique(source, return_index=True)[1]] = True
         stays = first & (source >= 0)
-        stays &= np.maximum.accumulate(np.where(stays, source, -1)) == source  # in the order they had
-        new = self._born + np.arange(len(source))
+        if self._ordered:  # who has changed places is somebody else
+            stays &= np.maximum.accumulate(np.where(stays, source, -1)) == source
+        ids = np.append(self.ids, -1)[source]
+        self.parents |= {self._born + int(k): int(ids[k]) for k in np.flatnonzero(~stays & (source >= 0))}
+        self.ids = np.where(stays, ids, self._born + np.arange(len(source)))
         self._born += len(source)
-        ids = np.where(stays, np.append(self.ids, -1)[source], new)
-        self.parents |= {int(ids[k]): int(self.ids[source[k]]) for k in np.flatnonzero(~stays & (source >= 0))}
-        self.order, self.ids = _merged(self.order, ids.tolist(), set(ids[stays].tolist())), ids
+        new = self.ids[~stays].tolist()
+        self.order = _merged(self.order, self.ids.tolist(), set(new)) if self._ordered else self.order + new
 
 
-def _merged(order: list[int], rows: list[int], old: set[int]) -> list[int]:
-    "Both lists as one that keeps the order of each; `old` are those in both."
+def _merged(order: list[int], rows: list[int], new: set[int]) -> list[int]:
+    "Both lists as one that keeps the order of each; `new` are in the second only."
     merged, rest = [], iter(order)
     for row in rows:
-        if row in old:
-            for each in rest:
-                merged.append(each)
-                if each == row:
-                    break
-        else:
+        if row in new:
             merged.append(row)
+            continue
+        for each in rest:
+            merged.append(each)
+            if each == row:
+                break
     return [*merged, *rest]
 
 # %% ../../nbs/09_take_it_with_you.ipynb #recorder
@@ -96,7 +103,7 @@ class Recorder:
     def look(self, trainer: Trainer) -> None:
         "To be called before the first step and after each: follows who is born, and keeps the moment if it is due."
         if self._trainer is not trainer:
-            self._trainer, self._family = trainer, Family(len(trainer.scene))
+            self._trainer, self._family = trainer, Family(len(trainer.scene), trainer.scene.blend == Blend.OVER)
             self._moments, self._due = [], 0.0
             self._step, self._grown = trainer.steps_done, trainer.densification.source
         source = trainer.densification.source
@@ -116,7 +123,9 @@ class Recorder:
         loss, decibels = trainer.loss(image, trainer.target).item(), psnr(image, trainer.target).item()
         about = dict(step=trainer.steps_done, loss=loss, psnr=min(decibels, 999.0))
         values = raw_values(record_of(trainer.scene), half_turns=False)
-        self._moments.append(Moment(self._family.ids, values, about))
+        ids, over = self._family.ids, trainer.scene.blend == Blend.OVER
+        order = np.arange(len(ids)) if over else np.argsort(ids)  # else the rows may come in any order
+        self._moments.append(Moment(ids[order], {name: value[order] for name, value in values.items()}, about))
         if len(self._moments) > 2 * self.n_moments:
             del self._moments[1:-1:2]
         last = self.n_moments - 1
@@ -150,7 +159,7 @@ def save_html(
 
     A result has its target beside it, and a recorder the training to play. The numbers are rounded to what the eye needs.
     """
-    if not isinstance(what, (Gaussians2D, TrainResult, Recorder)):
+    if not hasattr(what, "show"):
         raise TypeError(f"expected a scene, a TrainResult or a Recorder, got {type(what).__name__}")
     return what.show().save(path)
 
