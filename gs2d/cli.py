@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from .commands.fits import bench, fit, train
-from .commands.scenes import info, render
+from .commands.scenes import convert, info, render
 from .commands.shared import Commands
 
 # %% ../nbs/workshop/cli.ipynb #app-code
@@ -44,11 +44,12 @@ def gs2d(
       gs2d bench photos                        measure a folder of pictures
       gs2d render gs2d-out/…/scene.json --width 2000
       gs2d info gs2d-out/…/scene.json
+      gs2d convert scene.json scene.ply        or .safetensors, .svg, .glsl
       gs2d train --n-gaussians 20 --init-level noisy
     """
     if ctx.invoked_subcommand is None:
         typer.echo(ctx.get_help())
 
 
-for command in (fit, bench, train, render, info):
+for command in (fit, bench, train, render, info, convert):
     main.command()(command)

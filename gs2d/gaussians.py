@@ -24,7 +24,7 @@ from . import checks
 from .io.moments import recording_of
 from .io.pages import Page, page_bytes
 from .io.pictures import png_beside
-from .io.scene_record import SceneRecord, record_of
+from .io.scene_record import SceneRecord, parameters_of, record_of
 from .io.scenes import read_scene, write_scene
 
 # %% ../nbs/00_gaussians.ipynb #cutoff
@@ -253,8 +253,8 @@ class Gaussians2D(nn.Module):
     @classmethod
     def from_record(cls, record: SceneRecord) -> "Gaussians2D":
         "The scene of a record, as `gs2d.io.scenes.read_scene` returns it."
-        values = (record.means, record.scales, record.rotations, record.opacities, record.colors)
-        return cls.from_values(*values, Domain2D(record.x_dim, record.y_dim), record.blend, record.background)
+        domain = Domain2D(record.x_dim, record.y_dim)
+        return cls(**parameters_of(record), domain=domain, blend=record.blend, background=record.background)
 
     def save(
         self,

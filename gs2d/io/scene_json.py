@@ -14,16 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import line, shown
-from .scene_record import BLENDS, LARGEST, LARGEST_SCALE, MAX_SIDE, SceneRecord, checked_record
+from ..checks import shown
+from .scene_record import (
+    BLENDS, FORMAT, LARGEST, LARGEST_SCALE, MAX_SIDE, VERSION, SceneRecord, checked_record, parsed)
 
 # %% ../../nbs/workshop/scene_json.ipynb #file-write
-_VERSION = 2  # 1: before the weights of a weighted scene ended at 0
-
-
 def to_json(record: SceneRecord) -> bytes:
     "Scene JSON, one key a line."
-    document = {"format": "gs2d-scene", "version": _VERSION, "x_dim": record.x_dim, "y_dim": record.y_dim}
+    document = {"format": FORMAT, "version": VERSION, "x_dim": record.x_dim, "y_dim": record.y_dim}
     document |= {"res_x": record.width, "res_y": record.height, "N": len(record.means), "dims": 2}
     document |= {"blend": record.blend, "background": record.background}
     document |= {"alphas": (record.opacities[:, None] * record.colors).tolist(), "centers": record.means.tolist()}
@@ -86,10 +84,10 @@ def _check_header(document) -> None:
     "ValueError unless this is a scene of a version that can be read, with all that it needs."
     if not isinstance(document, dict):
         raise ValueError(f"expected a JSON object, got a {type(document).__name__}")
-    kind, version = document.get("format", "gs2d-scene"), document.get("version", _VERSION)
-    if kind != "gs2d-scene" or version not in (1, _VERSION):
+    kind, version = document.get("format", FORMAT), document.get("version", VERSION)
+    if kind != FORMAT or version not in (1, VERSION):
         got = f"{shown(kind)} version {shown(version)}"
-        raise ValueError(f"expected format 'gs2d-scene' version 1 or {_VERSION}, got {got}")
+        raise ValueError(f"expected format {FORMAT!r} version 1 or {VERSION}, got {got}")
     if missing := [key for key in _REQUIRED if document.get(key) is None]:
         raise ValueError(f"expected the keys {', '.join(_REQUIRED)}; missing: {', '.join(missing)}")
 
@@ -118,20 +116,6 @@ def _parse_scene(document) -> SceneRecord:
     return _from_version_1(record) if document.get("version") == 1 and blend == "weighted" else record
 
 # %% ../../nbs/workshop/scene_json.ipynb #file-from-json
-def _each_once(pairs: list[tuple]) -> dict:
-    "A JSON object in which no key comes twice."
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        seen = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"the key {shown(twice)} comes twice")
-    return found
-
-
 def from_json(data: bytes) -> SceneRecord:
     "The record in the bytes of scene JSON."
-    try:
-        document = json.loads(data, object_pairs_hook=_each_once)
-    except (ValueError, RecursionError) as error:  # JSON, UTF-8, or the depth at which Python gives up
-        raise ValueError(f"expected a scene as JSON, got something else ({line(error, 120)})") from None
-    return _parse_scene(document)
+    return _parse_scene(parsed(data, "a scene as JSON"))

@@ -116,7 +116,7 @@ class Recorder:
 
     @torch.no_grad()
     def _keep(self, trainer: Trainer) -> None:
-        "Keep the Gaussians of now, once. Where a run goes on for longer than it was to, every other moment is dropped."
+        "Keep the Gaussians of now, once. Of a run that goes on for longer than it was to, half of the moments stay."
         if self._moments and self._moments[-1].about["step"] == trainer.steps_done:
             return
         image = render(trainer.scene, *trainer.target.shape[:2])
@@ -157,7 +157,8 @@ def save_html(
 ) -> Path:
     """One file that any browser shows, without Python and without a network.
 
-    A result has its target beside it, and a recorder the training to play. The numbers are rounded to what the eye needs.
+    A result has its target beside it, and a recorder the training to play. The numbers are rounded to what the eye
+    needs.
     """
     if not hasattr(what, "show"):
         raise TypeError(f"expected a scene, a TrainResult or a Recorder, got {type(what).__name__}")
