@@ -27,13 +27,16 @@ def from_the_top(markdown: str, folder: str = "nbs") -> str:
 
 
 def render(notebook: dict) -> str:
-    "Markdown cells as they are; code cells without directives, fenced, each followed by the text that it printed."
+    """Markdown cells as they are; code cells without directives, fenced, each followed by the text that it printed.
+
+    A cell of which the website shows only what it made, which GitHub would not, is left out.
+    """
     parts = []
     for cell in notebook["cells"]:
         source = "".join(cell["source"]).strip()
         if cell["cell_type"] == "markdown":
             parts.append(from_the_top(source))
-        elif cell["cell_type"] == "code" and not re.search(r"^#\|\s*hide\s*$", source, re.MULTILINE):
+        elif cell["cell_type"] == "code" and not re.search(r"^#\|\s*(hide|echo:\s*false)\s*$", source, re.MULTILINE):
             code = re.sub(r"^#\|.*\n?", "", source, flags=re.MULTILINE).strip()
             parts.append(f"```python\n{code}\n```")
             parts += [f"```text\n{text}\n```" for output in cell["outputs"] if (text := text_of(output))]
