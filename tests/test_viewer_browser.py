@@ -449,7 +449,7 @@ def blobs(blend=Blend.WEIGHTED):
 def test_pointing_at_a_gaussian_shows_its_numbers(opened):
     page, [scene] = page_of([blobs(Blend.OVER)])
     tab = opened(page)
-    card, unit = tab.locator(".gs2d-card"), tab.evaluate("gs2d.pixelsPerUnit")
+    card, unit = tab.locator(".gs2d-card"), tab.evaluate("gs2d.unit")
     x, y = centre_of(tab)
     assert card.is_hidden()
     for row in 1, 0, 2:
@@ -492,7 +492,7 @@ def test_wipe_shows_the_picture_to_reach(opened):
     tab = opened(page, '{"controls": true}', size=(800, 640))
     tab.get_by_role("button", name="Compare").click()
     tab.evaluate("gs2d.idle()")
-    stage, unit = tab.locator(".gs2d-stage"), tab.evaluate("gs2d.pixelsPerUnit")
+    stage, unit = tab.locator(".gs2d-stage"), tab.evaluate("gs2d.unit")
     width, height = round(10 * unit), round(6 * unit)
     drawn = screenshot(stage)
     top, left = (drawn.shape[0] - height) // 2, (drawn.shape[1] - width) // 2
