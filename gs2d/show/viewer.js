@@ -24,7 +24,8 @@ const need = (truth, sentence) => { if (!truth) throw new PageError(sentence); }
 const DAMAGED = "This page is damaged: its data are not what its header says. Please save it again.";
 
 async function inflate(text) {
-  need(typeof DecompressionStream === "function", "This browser is too old to unpack this page (no DecompressionStream).");
+  const canUnpack = typeof DecompressionStream === "function";
+  need(canUnpack, "This browser is too old to unpack this page (it has no DecompressionStream).");
   try {
     const packed = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
     const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
@@ -699,7 +700,8 @@ export class Viewer {
     const ratio = Math.min(devicePixelRatio || 1, 4096 / Math.max(w, h)), fine = ratio * scale;
     const left = w / 2 + (domain.x0 - x) * unit, top = h / 2 + (y - domain.y1) * unit; // of the domain, in CSS pixels
     const right = left + domain.width * unit, bottom = top + domain.height * unit;
-    const seen = { left: clamp(left, 0, w), right: clamp(right, 0, w), top: clamp(top, 0, h), bottom: clamp(bottom, 0, h) };
+    const seen = { left: clamp(left, 0, w), right: clamp(right, 0, w) };
+    Object.assign(seen, { top: clamp(top, 0, h), bottom: clamp(bottom, 0, h) });
     const clip = { x: Math.round(seen.left * fine), y: Math.round(seen.top * fine) };
     clip.width = Math.round(seen.right * fine) - clip.x;
     clip.height = Math.round(seen.bottom * fine) - clip.y;
@@ -734,7 +736,7 @@ export class Viewer {
     for (const i of rows) {
       const cx = w / 2 + (x[i] - view.x) * unit, cy = h / 2 + (view.y - y[i]) * unit;
       const r1 = 2 * size * Math.exp(log1[i]) * unit, r2 = 2 * size * Math.exp(log2[i]) * unit;
-      for (const [dx, dy] of cross ? [[cross, 0], [0, cross]] : []) path.moveTo(cx - dx, cy - dy), path.lineTo(cx + dx, cy + dy);
+      for (const [dx, dy] of [[cross, 0], [0, cross]]) path.moveTo(cx - dx, cy - dy), path.lineTo(cx + dx, cy + dy);
       if (!(Math.max(r1, r2) < 1e6)) continue; // where a line is all that could be seen of it
       path.moveTo(cx + r1 * Math.cos(turn[i]), cy - r1 * Math.sin(turn[i]));
       path.ellipse(cx, cy, r1, r2, -turn[i], 0, 2 * Math.PI);
@@ -764,17 +766,14 @@ const HELP = [
   ["Esc", "let go of the Gaussian"],
 ];
 
-function drawing(viewBox, ...paths) {
-  const make = (name, values) => {
-    const node = document.createElementNS("http://www.w3.org/2000/svg", name);
-    for (const [key, value] of Object.entries(values)) node.setAttribute(key, value);
-    return node;
-  };
-  const node = make("svg", { viewBox, "aria-hidden": "true", preserveAspectRatio: "none" });
-  node.append(...paths.map((d) => make("path", { d })));
+function icon(name) {
+  const [node, path] = ["svg", "path"].map((kind) => document.createElementNS("http://www.w3.org/2000/svg", kind));
+  node.setAttribute("viewBox", "0 0 16 16");
+  node.setAttribute("aria-hidden", "true");
+  path.setAttribute("d", ICONS[name]);
+  node.append(path);
   return node;
 }
-const icon = (name) => drawing("0 0 16 16", ICONS[name]);
 const named = (name, node) => {
   node.setAttribute("aria-label", name);
   return node;
@@ -803,12 +802,12 @@ class Controls {
       viewer.playing = false;
       viewer.setMoment(moment);
     };
-    const wheel = (event) => this.#wheel(event), pointerup = (event) => this.#up(event), keydown = (event) => this.#key(event);
-    const dblclick = (event) => viewer.zoomAt(2, event), pointerleave = () => viewer.hover(null);
-    const hands = { wheel, pointerup, pointercancel: pointerup, pointerleave, dblclick,
-      pointerdown: (event) => this.#down(event), pointermove: (event) => this.#drag(event) };
+    const hands = {
+      wheel: (event) => this.#wheel(event), dblclick: (event) => viewer.zoomAt(2, event),
+      pointerdown: (event) => this.#down(event), pointermove: (event) => this.#drag(event),
+      pointerup: (event) => this.#up(event), pointercancel: (event) => this.#up(event), pointerleave: () => viewer.hover(null) };
     for (const [name, run] of Object.entries(hands)) over.addEventListener(name, run, { passive: false });
-    document.addEventListener("keydown", this.keydown = keydown);
+    document.addEventListener("keydown", this.keydown = (event) => this.#key(event));
 
     this.divider = element("div", { className: "gs2d-divider" });
     this.wipe = range("Where the picture to reach begins", { className: "gs2d-wipe", min: 0, max: 1, step: 0.01 },
@@ -819,7 +818,7 @@ class Controls {
 
     this.play = button("Play", icon("play"), () => (viewer.playing ? viewer.pause() : viewer.play()));
     this.scrubber = range("Moment of the training", { min: 0, step: "any" }, scrub);
-    this.curve = drawing("0 0 1 1", "", "");
+    this.curve = element("div", { className: "gs2d-curve" });
     this.timeline = element("div", { className: "gs2d-timeline" }, this.play,
       element("div", { className: "gs2d-track" }, this.curve, this.scrubber), text("when", "gs2d-when"));
 
@@ -828,14 +827,17 @@ class Controls {
       (value) => set({ shown: value < 1 ? Math.round(this.#most ** value) : null }));
     this.outlines = button("Outlines", "Outlines", () => set({ outlines: !viewer.options.outlines }));
     this.compare = button("Compare", "Compare", () => set({ wipe: viewer.options.wipe === null ? 0.5 : null }));
-    const zoom = group(button("Zoom out", icon("minus"), () => this.#zoom(1 / 1.5)), text("zoom", "gs2d-zoom"),
-      button("Zoom in", icon("plus"), () => this.#zoom(1.5)), button("The whole picture", icon("whole"), () => viewer.reset()));
+    const zoom = group(
+      button("Zoom out", icon("minus"), () => this.#zoom(1 / 1.5)), text("zoom", "gs2d-zoom"),
+      button("Zoom in", icon("plus"), () => this.#zoom(1.5)),
+      button("The whole picture", icon("whole"), () => viewer.reset()));
     const help = button("What you can do, and keys", "?", () => this.help.showModal());
     this.title = element("strong");
     this.about = element("span");
     this.bar = element("div", { className: "gs2d-bar" }, this.timeline, element("div", { className: "gs2d-row" },
       element("div", { className: "gs2d-title" }, this.title, this.about), zoom,
-      element("label", {}, "Size", this.size, text("sizeText")), element("label", {}, "Shown", this.shown, text("shownText")),
+      element("label", {}, "Size", this.size, text("sizeText")),
+      element("label", {}, "Shown", this.shown, text("shownText")),
       group(this.outlines, this.compare, help)));
     this.help = named("What you can do", element("dialog", { className: "gs2d-help" }, element("dl", {}, ...pairs(HELP)),
       button("Close", "Close", () => this.help.close())));
@@ -850,7 +852,8 @@ class Controls {
   /** What stays the same as long as the page does. */
   describe() {
     const { data: { page, moments, starts }, over, painter, ground, target } = this.viewer;
-    const title = typeof page.title === "string" ? page.title : "", numbers = [...starts].slice(1).map((end, m) => end - starts[m]);
+    const title = typeof page.title === "string" ? page.title : "";
+    const numbers = [...starts].slice(1).map((end, m) => end - starts[m]);
     const many = `${count(numbers.at(-1))} Gaussian${numbers.at(-1) === 1 ? "" : "s"}`;
     this.#most = Math.max(2, ...numbers);
     this.title.textContent = title;
@@ -861,17 +864,18 @@ class Controls {
     this.compare.hidden = !target;
     this.timeline.hidden = moments < 2;
     this.scrubber.max = moments - 1;
-    const scores = page.moments.map(({ psnr }, m) => [m / (moments - 1), psnr]).filter(([, psnr]) => Number.isFinite(psnr));
-    const low = Math.min(...scores.map(([, psnr]) => psnr)), high = Math.max(...scores.map(([, psnr]) => psnr));
-    const points = scores.map(([x, psnr]) => `${x} ${0.95 - 0.9 * (psnr - low) / (high - low || 1)}`);
-    this.curve.firstChild.setAttribute("d", points.length > 1 ? `M${points.join("L")}` : "");
+    const scores = page.moments.map(({ psnr }) => psnr), low = Math.min(...scores), high = Math.max(...scores);
+    const points = scores.map((psnr, m) => `${100 * m / (moments - 1)}% ${90 - 90 * (psnr - low) / (high - low)}%`);
+    this.curve.hidden = !(scores.every(Number.isFinite) && high > low);
+    this.curve.style.clipPath = `polygon(0% 100%, ${points.join()}, 100% 100%)`;
   }
   #most = 2; // Gaussians at any moment
 
   /** What follows from the view, the moment and the options. */
   update() {
-    const { view, options, moment, playing, data: { page, moments, starts }, scene, target } = this.viewer, { zoom } = view;
-    const { outlines, size, shown, wipe } = options, nearest = Math.round(moment), { step, psnr } = page.moments[nearest] ?? {};
+    const { view: { zoom }, options, moment, playing, data: { page, moments, starts }, scene, target } = this.viewer;
+    const { controls, outlines, size, shown, wipe } = options;
+    const nearest = Math.round(moment), { step, psnr } = page.moments[nearest] ?? {};
     const all = shown === null || shown >= scene.n, many = starts[nearest + 1] - starts[nearest];
     const words = [Number.isFinite(step) && `step ${count(step)}`, Number.isFinite(psnr) && `${psnr.toFixed(2)} dB`];
     put(this.zoom, `×${zoom < 1000 ? say(zoom, zoom < 100 ? 2 : 3) : zoom.toExponential(1).replace("e+", "e")}`);
@@ -879,18 +883,19 @@ class Controls {
     put(this.sizeText, `${Math.round(100 * size)} %`);
     put(this.shownText, all ? "all" : count(shown));
     put(this.when, [...words, `${count(many)} Gaussians`].filter(Boolean).join(" · "));
-    this.bar.hidden = !options.controls;
+    this.bar.hidden = !controls;
     this.size.value = size;
     this.shown.value = all ? 1 : Math.log(Math.max(1, shown)) / Math.log(this.#most);
     this.scrubber.value = moment;
-    for (const [slider, { textContent }] of [[this.size, this.sizeText], [this.shown, this.shownText], [this.scrubber, this.when]])
-      slider.setAttribute("aria-valuetext", textContent);
+    this.size.setAttribute("aria-valuetext", this.sizeText.textContent);
+    this.shown.setAttribute("aria-valuetext", this.shownText.textContent);
+    this.scrubber.setAttribute("aria-valuetext", this.when.textContent);
     this.outlines.setAttribute("aria-pressed", outlines);
     this.compare.setAttribute("aria-pressed", wipe !== null);
     this.wipe.hidden = this.divider.hidden = wipe === null || !target;
     this.wipe.value = wipe ?? 0.5;
     this.divider.style.left = `${100 * (wipe ?? 0.5)}%`;
-    this.curve.lastChild.setAttribute("d", `M${moments > 1 ? moment / (moments - 1) : 0} 0V1`);
+    this.curve.style.setProperty("--now", `${100 * moment / Math.max(1, moments - 1)}%`);
     const name = playing ? "Pause" : "Play";
     if (this.play.title !== name) {
       named(name, this.play).title = name;
@@ -902,7 +907,8 @@ class Controls {
     const { scene, picked, data: { page } } = this.viewer, row = picked ? scene.ids.indexOf(picked.id) : -1;
     this.card.hidden = row < 0;
     if (row < 0) return;
-    const { index, x, y, sigma, angle, opacity, color } = this.viewer.numbers(row), swatch = element("span", { className: "gs2d-swatch" });
+    const { index, x, y, sigma, angle, opacity, color } = this.viewer.numbers(row);
+    const swatch = element("span", { className: "gs2d-swatch" });
     swatch.style.background = `rgb(${color.slice(0, 3).map((c) => 255 * clamp(c, 0, 1))})`;
     this.card.replaceChildren(...pairs([
       ["Gaussian", index], ["centre", `${say(x)}, ${say(y)}`], ["σ", sigma.map((s) => say(s)).join(", ")],
@@ -931,10 +937,12 @@ class Controls {
   }
 
   #wheel(event) {
-    const { deltaY, deltaMode, ctrlKey } = event, inFrame = window.top !== window && document.activeElement !== this.viewer.over;
-    if ((inFrame && !ctrlKey) || (deltaY > 0 && this.viewer.view.zoom <= 0.5)) return; // the page around it scrolls
+    const { deltaY, deltaMode, ctrlKey } = event, { viewer } = this;
+    const inFrame = window.top !== window && document.activeElement !== viewer.over;
+    if ((inFrame && !ctrlKey) || (deltaY > 0 && viewer.view.zoom <= 0.5)) return; // the page around it scrolls
     event.preventDefault();
-    this.viewer.zoomAt(Math.exp(-clamp(deltaY * [1, 16, 100][deltaMode] * (ctrlKey ? 0.01 : 0.0015), -1, 1)), event);
+    const notches = deltaY * [1, 16, 100][deltaMode] * (ctrlKey ? 0.01 : 0.0015); // a pinch on a pad comes with Ctrl
+    viewer.zoomAt(Math.exp(-clamp(notches, -1, 1)), event);
   }
   #down(event) {
     this.viewer.over.setPointerCapture(event.pointerId);
@@ -950,8 +958,9 @@ class Controls {
     Object.assign(pointer, { clientX, clientY, path: pointer.path + Math.hypot(dx, dy) });
     if (!other) return pointer.path > 4 ? viewer.pan(dx, dy) : undefined;
     pointer.path = other.path = Infinity; // neither of them is a click
+    const middle = { clientX: (clientX + other.clientX) / 2, clientY: (clientY + other.clientY) / 2 };
     viewer.pan(dx / 2, dy / 2);
-    viewer.zoomAt(apart() / Math.max(before, 1), { clientX: (clientX + other.clientX) / 2, clientY: (clientY + other.clientY) / 2 });
+    viewer.zoomAt(apart() / Math.max(before, 1), middle);
   }
   #up(event) {
     const pointer = this.#pointers.get(event.pointerId);
@@ -976,12 +985,13 @@ class Controls {
     const closer = () => this.#zoom(1.5), away = () => this.#zoom(1 / 1.5), reset = () => viewer.reset();
     const actions = {
       "+": closer, "=": closer, "-": away, _: away, 0: reset, ",": back(-1), ".": back(1), " ": () => this.play.click(),
-      o: () => this.outlines.click(), c: () => this.compare.hidden || this.compare.click(), "?": () => this.help.showModal(),
-      Enter: () => this.#pin(null), Escape: () => viewer.select(null) };
-    const ofPicture = { Home: reset, ArrowLeft: pan(1, 0), ArrowRight: pan(-1, 0), ArrowUp: pan(0, 1), ArrowDown: pan(0, -1) };
+      o: () => this.outlines.click(), c: () => this.compare.hidden || this.compare.click(),
+      "?": () => this.help.showModal(), Enter: () => this.#pin(null), Escape: () => viewer.select(null) };
+    const ofPicture = {
+      Home: reset, ArrowLeft: pan(1, 0), ArrowRight: pan(-1, 0), ArrowUp: pan(0, 1), ArrowDown: pan(0, -1) };
     const ofScrubber = {
-      ArrowLeft: back(-1), ArrowDown: back(-1), ArrowRight: back(1), ArrowUp: back(1), PageDown: back(-10), PageUp: back(10),
-      Home: back(-Infinity), End: back(Infinity) };
+      ArrowLeft: back(-1), ArrowDown: back(-1), ArrowRight: back(1), ArrowUp: back(1), PageDown: back(-10),
+      PageUp: back(10), Home: back(-Infinity), End: back(Infinity) };
     if (target === this.scrubber) Object.assign(actions, ofScrubber);
     else if (target.type !== "range") Object.assign(actions, ofPicture);
     const action = actions[key.length === 1 ? key.toLowerCase() : key];
@@ -1000,7 +1010,7 @@ export async function mount(root, page, options = {}) {
     viewer.draw();
     return viewer;
   } catch (error) {
-    if (viewer?.painter) viewer.destroy();
+    viewer?.destroy();
     const sentence = error instanceof PageError ? error.message : `This picture could not be shown: ${error.message}`;
     root.classList.add("gs2d-viewer");
     root.replaceChildren(element("p", { className: "gs2d-error", role: "alert" }, sentence));
