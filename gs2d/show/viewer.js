@@ -6,7 +6,7 @@
 // sceneAt (one moment), project (domain to screen), drawCPU and the two renderers, the Viewer, mount.
 // It fetches nothing, keeps nothing, and writes what a page says as text only.
 
-const FIELDS = { means: 2, log_scales: 2, rotations: 1, opacity_logits: 1, colors: 0 }; // name -> channels, 0: the page's
+const FIELDS = { means: 2, log_scales: 2, rotations: 1, opacity_logits: 1, colors: 0 }; // channels; 0: the page says
 const BLENDS = ["weighted", "additive", "over"];
 const LARGEST = 1e12; // as gs2d.gaussians.LARGEST: what is farther away or thinner is not drawn
 const DEEPEST = 1e11; // times: beyond it even float64 has no more digits for the centre of the view
@@ -24,7 +24,8 @@ const need = (truth, sentence) => { if (!truth) throw new PageError(sentence); }
 const DAMAGED = "This page is damaged: its data are not what its header says. Please save it again.";
 
 async function inflate(text) {
-  need(typeof DecompressionStream === "function", "This browser is too old to unpack the page: it has no DecompressionStream.");
+  const canUnpack = typeof DecompressionStream === "function";
+  need(canUnpack, "This browser is too old to unpack this page (it has no DecompressionStream).");
   try {
     const packed = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
     const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
@@ -60,7 +61,10 @@ export async function decode(page) {
   const births = new Uint16Array(bytes.buffer, 0, K), deaths = new Uint16Array(bytes.buffer, 2 * K, K);
   const parents = new Int32Array(bytes.buffer, 4 * K, K);
   const starts = new Int32Array(M + 1); // where the values of a moment begin
-  for (let m = 0; m < M; m++) for (let k = 0, n = starts[m]; k < K; k++) starts[m + 1] = n += births[k] <= m && m < deaths[k];
+  for (let m = 0; m < M; m++) {
+    starts[m + 1] = starts[m];
+    for (let k = 0; k < K; k++) starts[m + 1] += births[k] <= m && m < deaths[k];
+  }
   const total = starts[M], size = page.fields.reduce((sum, f) => sum + f.channels * (f.bits === 32 ? 4 : 2), 0);
   need(bytes.length === 8 * K + size * total, DAMAGED);
 
@@ -94,7 +98,7 @@ export async function decode(page) {
   }
   if (page.channels === 1) columns.push(columns[6], columns[6]); // grey is shown as three equal colours
   const background = page.channels === 1 ? Array(3).fill(page.background[0]) : page.background;
-  return { page, background, channels: background.length, moments: M, n: K, births, deaths, parents, starts, ids, columns };
+  return { page, background, channels: background.length, moments: M, n: K, parents, starts, ids, columns };
 }
 
 /** The Gaussians at a moment; between two, on their way: the newborn come out of their parent, the dying fade. */
@@ -137,52 +141,55 @@ export function mostImportant(scene, shown) {
  * The Gaussians that reach a frame {x, y, sx, sy, width, height, zoom}: its centre in domain units, pixels per unit.
  *
  * Points p are in pixels from the frame's centre, y down, and u = L p + u₀ is p in standard deviations from the mean,
- * so that power = |u|². For each: [0, 6) the box, centre and two half axes; [6, 8) u₀; [8, 12) L; [12, 16) colour; [16] opacity.
+ * so that power = |u|². For each one: the centre and two half axes of its box, u₀, L, 4 of colour, opacity.
  * A box much larger than the frame is cut to it, so that every number stays near the frame at any zoom.
  */
 export function project(scene, frame, { size = 1, keep = null } = {}) {
   const [x, y, log1, log2, turn, opacity, ...colors] = scene.columns, { constants } = scene.data.page;
-  const reach = Math.sqrt(constants.cutoff_power), { sx, sy, zoom = 1 } = frame, W = frame.width / 2, H = frame.height / 2;
+  const { sx, sy, zoom = 1 } = frame, W = frame.width / 2, H = frame.height / 2;
+  const reach = Math.sqrt(constants.cutoff_power), farthest = LARGEST * Math.max(1, zoom);
   const out = new Float64Array(STRIDE * scene.n), rows = new Int32Array(scene.n);
   let n = 0;
   for (let i = 0; i < scene.n; i++) {
     if (keep && !keep[i]) continue;
-    const s1 = size * Math.exp(log1[i]), s2 = size * Math.exp(log2[i]), cos = Math.cos(turn[i]), sin = Math.sin(turn[i]);
+    const s1 = size * Math.exp(log1[i]), s2 = size * Math.exp(log2[i]);
+    const cos = Math.cos(turn[i]), sin = Math.sin(turn[i]);
     const mx = (x[i] - frame.x) * sx, my = (frame.y - y[i]) * sy;
-    const ax = reach * s1 * cos * sx, ay = -reach * s1 * sin * sy, bx = -reach * s2 * sin * sx, by = -reach * s2 * cos * sy;
+    const ax = reach * s1 * cos * sx, ay = -reach * s1 * sin * sy;
+    const bx = -reach * s2 * sin * sx, by = -reach * s2 * cos * sy;
     const wide = Math.hypot(ax, bx), high = Math.hypot(ay, by);
     if (!(Math.abs(mx) <= W + wide && Math.abs(my) <= H + high)) continue; // also where a number is NaN
     const l11 = cos / (s1 * sx), l12 = -sin / (s1 * sy), l21 = -sin / (s2 * sx), l22 = -cos / (s2 * sy);
     if (!(l11 * l11 + l21 * l21 <= LARGEST && l12 * l12 + l22 * l22 <= LARGEST && s1 < 1e38 && s2 < 1e38)) continue;
-    if (!(Math.max(Math.abs(mx), Math.abs(my)) <= LARGEST * Math.max(1, zoom) && opacity[i] >= 0)) continue;
-    const at = STRIDE * n;
-    if (Math.max(wide, high) < 2 * (W + H)) {
-      out[at] = mx, out[at + 1] = my, out[at + 2] = ax, out[at + 3] = ay, out[at + 4] = bx, out[at + 5] = by;
-    } else {
+    if (!(Math.max(Math.abs(mx), Math.abs(my)) <= farthest && opacity[i] >= 0)) continue;
+    if (!colors.every((color) => Number.isFinite(color[i]))) continue;
+    let box = [mx, my, ax, ay, bx, by];
+    if (Math.max(wide, high) > 2 * (W + H)) {
       const left = Math.max(-W, mx - wide), right = Math.min(W, mx + wide);
       const top = Math.max(-H, my - high), bottom = Math.min(H, my + high);
-      out[at] = (left + right) / 2, out[at + 1] = (top + bottom) / 2, out[at + 2] = (right - left) / 2, out[at + 5] = (bottom - top) / 2;
+      box = [(left + right) / 2, (top + bottom) / 2, (right - left) / 2, 0, 0, (bottom - top) / 2];
     }
-    const dx = frame.x - x[i], dy = frame.y - y[i]; // in domain units: exact where a pixel would not be
-    out[at + 6] = (cos * dx + sin * dy) / s1, out[at + 7] = (cos * dy - sin * dx) / s2;
-    out[at + 8] = l11, out[at + 9] = l12, out[at + 10] = l21, out[at + 11] = l22, out[at + 16] = opacity[i];
-    for (let c = 0; c < colors.length; c++) out[at + 12 + c] = colors[c][i];
-    if (colors.every((color) => Number.isFinite(color[i]))) rows[n++] = i;
-    else out.fill(0, at, at + STRIDE);
+    const dx = frame.x - x[i], dy = frame.y - y[i], u1 = (cos * dx + sin * dy) / s1, u2 = (cos * dy - sin * dx) / s2;
+    const [red, green, blue, fourth = 0] = colors, at = STRIDE * n;
+    out.set(box, at);
+    out.set([u1, u2, l11, l12, l21, l22, red[i], green[i], blue[i], fourth && fourth[i], opacity[i]], at + 6);
+    rows[n++] = i;
   }
   return { n, rows: rows.subarray(0, n), values: out, frame, data: scene.data };
 }
 
 // ----------------------------------------------------------------------------------------------------- drawing
 
-/** RGBA bytes of projected Gaussians, row 0 on top; with four channels the colours are times alpha, as in `render`. */
+/** RGBA bytes of projected Gaussians, row 0 on top; of four channels the colours are times alpha, as in `render`. */
 export function drawCPU({ n, values, frame, data }) {
-  const { background, channels: C, page: { blend, constants } } = data, { cutoff_power: cutoff, floor, eps } = constants;
+  const { background, channels: C, page: { blend, constants } } = data;
+  const { cutoff_power: cutoff, floor, eps, max_alpha: most } = constants;
   const { width, height } = frame, W = width / 2, H = height / 2, over = blend === "over", cells = C + 1;
   const sums = new Float32Array(width * height * cells); // the colours, then Σ o w', or what light is left
   if (over) for (let p = C; p < sums.length; p += cells) sums[p] = 1;
   for (let i = 0; i < n; i++) {
-    const [x, y, ax, ay, bx, by, u1, u2, l11, l12, l21, l22, red, green, blue, fourth, opacity] = values.subarray(STRIDE * i);
+    const numbers = values.subarray(STRIDE * i, STRIDE * (i + 1)), [x, y, ax, ay, bx, by, u1, u2] = numbers;
+    const [l11, l12, l21, l22, red, green, blue, fourth, opacity] = numbers.subarray(8);
     const strength = opacity / (1 - floor), a = l11 * l11 + l21 * l21, q = Math.exp(-a), high = Math.hypot(ay, by);
     const bottom = Math.min(height, Math.floor(y + high + H + 0.5)), wide = Math.hypot(ax, bx);
     for (let row = Math.max(0, Math.ceil(y - high + H - 0.5)); row < bottom; row++) {
@@ -198,7 +205,7 @@ export function drawCPU({ n, values, frame, data }) {
         let share = strength * (w > floor ? w - floor : 0);
         w *= ratio, ratio *= q; // exp of a square, one pixel on
         if (over) {
-          share = Math.min(share, constants.max_alpha) * sums[p + C];
+          share = (share < most ? share : most) * sums[p + C];
           sums[p + C] -= share;
         } else sums[p + C] += share;
         sums[p] += share * red, sums[p + 1] += share * green, sums[p + 2] += share * blue;
@@ -274,25 +281,24 @@ void main() {
   ivec2 at = ivec2(gl_FragCoord.xy);
   if (flip > 0) at.y = flip - 1 - at.y;
   vec4 sum = texelFetch(first, at, 0); float total = sum.a;
-  sum.a = channels == 4 ? texelFetch(second, at, 0).r : 1.0;
-  vec4 ground = channels == 4 ? background : vec4(background.rgb, 0);
-  if (blend == 0) { sum.rgb = (sum.rgb + eps * ground.rgb) / (total + eps); if (channels == 4) sum.a = (sum.a + eps * ground.a) / (total + eps); }
-  if (blend == 1) sum += ground;
-  color = clamp(sum, 0.0, 1.0);
+  sum.a = texelFetch(second, at, 0).r;     // of four channels
+  if (blend == 0) sum = (sum + eps * background) / (total + eps);
+  if (blend == 1) sum += background;
+  color = channels == 4 ? clamp(sum, 0.0, 1.0) : vec4(clamp(sum.rgb, 0.0, 1.0), 1);
 }`;
 
 /** Draws with WebGL2: all boxes in one call into float textures, then the division. Throws where that cannot be. */
 export class GLRenderer {
   name = "webgl2";
   constructor(canvas, { half = false } = {}) {
-    const gl = this.gl = canvas.getContext("webgl2", { antialias: false, depth: false, powerPreference: "high-performance" });
+    const gl = this.gl = canvas.getContext("webgl2", { antialias: false, depth: false });
     if (!gl) throw new Error("no WebGL2");
     const floats = gl.getExtension("EXT_color_buffer_float"), blends = gl.getExtension("EXT_float_blend");
     if (!floats && !gl.getExtension("EXT_color_buffer_half_float")) throw new Error("no float targets");
     this.format = floats && blends && !half ? gl.RGBA32F : gl.RGBA16F;
     this.boxes = this.program(BOX_SHADER, WEIGHT_SHADER, ["gaussians", "half_size", "last", "cutoff", "low", "most"]);
-    this.screen = this.program(SCREEN_SHADER, BLEND_SHADER,
-      ["first", "second", "background", "eps", "blend", "channels", "flip"]);
+    const looks = ["first", "second", "background", "eps", "blend", "channels", "flip"];
+    this.screen = this.program(SCREEN_SHADER, BLEND_SHADER, looks);
     this.gaussians = { texture: null, rows: 0 };
     this.targets = { width: 0, height: 0, textures: [], frame: gl.createFramebuffer() };
     this.resize(4, 4, 2);
@@ -314,11 +320,13 @@ export class GLRenderer {
     const { gl } = this, texture = gl.createTexture();
     gl.bindTexture(gl.TEXTURE_2D, texture);
     gl.texStorage2D(gl.TEXTURE_2D, 1, format, width, height);
-    for (const filter of [gl.TEXTURE_MIN_FILTER, gl.TEXTURE_MAG_FILTER]) gl.texParameteri(gl.TEXTURE_2D, filter, gl.NEAREST);
+    gl.texParameteri(gl.TEXTURE_2D, gl.TEXTURE_MIN_FILTER, gl.NEAREST); // floats have no other
+    gl.texParameteri(gl.TEXTURE_2D, gl.TEXTURE_MAG_FILTER, gl.NEAREST);
     return texture;
   }
   upload({ n, values }) {
-    const { gl, gaussians } = this, rows = Math.ceil(n / IN_A_ROW), numbers = new Float32Array(rows * IN_A_ROW * STRIDE);
+    const { gl, gaussians } = this, rows = Math.ceil(n / IN_A_ROW);
+    const numbers = new Float32Array(rows * IN_A_ROW * STRIDE);
     numbers.set(values.subarray(0, STRIDE * n));
     if (rows > gaussians.rows) {
       gl.deleteTexture(gaussians.texture);
@@ -336,7 +344,8 @@ export class GLRenderer {
     Object.assign(targets, { width, height, textures: [] });
     for (let k = 0; k < 2; k++) {
       if (k < number) targets.textures.push(this.texture(this.format, width, height));
-      gl.framebufferTexture2D(gl.FRAMEBUFFER, gl.COLOR_ATTACHMENT0 + k, gl.TEXTURE_2D, targets.textures[k] ?? null, 0);
+      const texture = targets.textures[k] ?? null;
+      gl.framebufferTexture2D(gl.FRAMEBUFFER, gl.COLOR_ATTACHMENT0 + k, gl.TEXTURE_2D, texture, 0);
     }
     gl.drawBuffers([gl.COLOR_ATTACHMENT0, number > 1 ? gl.COLOR_ATTACHMENT1 : gl.NONE]);
   }
@@ -408,48 +417,25 @@ export class GLRenderer {
   destroy() { this.gl.getExtension("WEBGL_lose_context")?.loseContext(); }
 }
 
-// -------------------------------------------------------------------------------------------- the parts of a page
+// ---------------------------------------------------------------------------------------------------- the viewer
+
+const REST = 160; // ms without movement after which the picture is drawn in all its pixels
+const LENGTH = 12; // s, of a recording played from its start to its end
 
 function element(name, properties = {}, ...children) {
   const node = document.createElement(name);
   for (const [key, value] of Object.entries(properties)) {
-    if (key === "class") node.className = value;
-    else if (key === "on") for (const [event, run] of Object.entries(value)) node.addEventListener(event, run, { passive: false });
-    else if (key in node && !key.startsWith("aria")) node[key] = value;
+    if (typeof value === "function") node.addEventListener(key, value, { passive: false });
+    else if (key in node) node[key] = value;
     else node.setAttribute(key, value);
   }
   node.append(...children);
   return node;
 }
 
-const SVG = "http://www.w3.org/2000/svg";
-function drawing(viewBox, ...paths) {
-  const node = document.createElementNS(SVG, "svg");
-  for (const [key, value] of Object.entries({ viewBox, "aria-hidden": "true", preserveAspectRatio: "none" })) node.setAttribute(key, value);
-  for (const d of paths) {
-    const path = node.appendChild(document.createElementNS(SVG, "path"));
-    path.setAttribute("d", d);
-  }
-  return node;
-}
-const ICONS = {
-  plus: "M8 3v10M3 8h10", minus: "M3 8h10", whole: "M3 6V3h3M10 3h3v3M13 10v3h-3M6 13H3v-3",
-  play: "M5 3l8 5-8 5z", pause: "M5 3v10M11 3v10",
-};
-const HELP = [
-  ["+  −  wheel, pinch", "zoom, as deep as you like"], ["arrows, drag", "move the picture"], ["0 or Home", "the whole picture"],
-  ["point, click, Enter", "the numbers of one Gaussian (Enter: the one in the middle)"], ["O", "outlines, at two standard deviations"],
-  ["C", "compare with the picture to reach"], ["Space", "play or pause"], [", and .", "one moment back, one on"], ["Esc", "let go of the Gaussian"],
-];
-
-// ---------------------------------------------------------------------------------------------------- the viewer
-
-const REST = 160; // ms without movement after which the picture is drawn in all its pixels
-const LENGTH = 12; // s, of a recording played from its start to its end
-
 /**
- * One picture on a page. A person has the controls; a program has load, setView, setMoment, setOptions, play, pause,
- * pick, select, pixels, idle, destroy, and can read view, moment, options, playing, renderer. It draws when something changed.
+ * One picture on a page, drawn when something has changed. A program has load, setView, setMoment, setOptions, play,
+ * pause, pick, select, pixels, idle and destroy, and reads view, moment, options, playing, picked, renderer.
  */
 export class Viewer {
   options = {
@@ -457,14 +443,14 @@ export class Viewer {
     size: 1, // times every standard deviation
     shown: null, // how many Gaussians, the most important ones; null: all
     wipe: null, // in [0, 1]: right of there is the picture to reach; null: it is hidden
-    renderer: "auto", // or "webgl2", "canvas"
     controls: true, // the bar below the picture
     theme: "auto", // or "light", "dark"
+    renderer: "auto", // or "webgl2", "canvas": for the first drawing only
   };
   view = { x: 0, y: 0, zoom: 1 };
   moment = 0;
   playing = false;
-  picked = null; // {id, pinned}: whose numbers are shown
+  picked = null; // the numbers of the Gaussian that is shown; {pinned: true} once it was clicked
   #scene = null; // of this moment, and which rows of it are shown
   #keep = null;
   #request = 0; // of the next frame
@@ -472,13 +458,18 @@ export class Viewer {
   #waiting = []; // those who wait for rest
   #movingUntil = 0;
   #scale = 1; // of a frame's sides while something moves
-  #drawn = null; // {time, scale} of the last frame
+  #last = null; // {time, scale} of the frame before, while something moves
   #losses = 0;
-  #pointers = new Map();
+  #playhead = 0;
 
-  constructor(root, options) {
+  constructor(root, options = {}) {
     this.root = root;
-    this.#build();
+    this.ground = element("div", { className: "gs2d-ground" });
+    this.over = element("canvas", { className: "gs2d-over", tabIndex: 0, role: "application" });
+    this.stage = element("div", { className: "gs2d-stage" }, this.ground, this.over);
+    root.classList.add("gs2d-viewer");
+    root.replaceChildren(this.stage);
+    this.controls = new Controls(this);
     this.#newPainter(options.renderer ?? "auto");
     this.setOptions(options);
     this.resized = new ResizeObserver(() => this.#change());
@@ -488,26 +479,35 @@ export class Viewer {
   // ------------------------------------------------------------------------------------------ what a program calls
 
   get renderer() { return this.painter.name; }
-
   get domain() {
     const { x_dim: [x0, x1], y_dim: [y0, y1] } = this.data.page;
     return { x0, x1, y0, y1, width: x1 - x0, height: y1 - y0 };
+  }
+  /** CSS pixels per domain unit. */
+  get unit() {
+    const { clientWidth, clientHeight } = this.stage;
+    return Math.min(clientWidth / this.domain.width, clientHeight / this.domain.height) * this.view.zoom;
+  }
+  /** The Gaussians of this moment. */
+  get scene() {
+    if (!this.#scene) {
+      this.#scene = sceneAt(this.data, this.moment);
+      this.#keep = mostImportant(this.#scene, this.options.shown ?? Infinity);
+    }
+    return this.#scene;
   }
 
   /** Shows a page. After the first one, the view and what the person has chosen stay as they are. */
   async load(page) {
     const data = await decode(page), first = !this.data, image = new Image();
-    const isPicture = typeof page.target === "string" && page.target.startsWith("data:image/");
-    if (isPicture) image.src = page.target;
-    this.target = isPicture && (await image.decode().then(() => true, () => false)) ? image : null;
+    const hasTarget = typeof page.target === "string" && page.target.startsWith("data:image/");
+    if (hasTarget) image.src = page.target;
+    this.target = hasTarget && (await image.decode().then(() => true, () => false)) ? image : null;
     const atEnd = first || this.moment === this.data.moments - 1; // a recording opens with how it ended
     this.data = data;
-    this.moment = atEnd ? data.moments - 1 : Math.min(this.moment, data.moments - 1);
-    this.#scene = null;
+    this.setMoment(atEnd ? Infinity : this.moment);
     if (first) this.reset();
-    this.#describe();
-    this.#change();
-    return this;
+    this.controls.describe();
   }
 
   /** Centre in domain units; at zoom 1 the whole domain fits. */
@@ -518,13 +518,13 @@ export class Viewer {
     this.#change();
   }
   reset() {
-    const { x0, x1, y0, y1 } = this.domain;
-    this.setView({ x: (x0 + x1) / 2, y: (y0 + y1) / 2, zoom: 1 });
+    const { x0, y0, width, height } = this.domain;
+    this.setView({ x: x0 + width / 2, y: y0 + height / 2, zoom: 1 });
   }
 
   /** From 0 to the number of moments less one; between two moments the Gaussians are on their way. */
   setMoment(moment) {
-    this.moment = clamp(Number(moment), 0, this.data.moments - 1);
+    this.moment = this.#playhead = clamp(moment, 0, this.data.moments - 1);
     this.#scene = null;
     this.#change();
   }
@@ -532,20 +532,14 @@ export class Viewer {
   setOptions(options) {
     for (const name of Object.keys(options)) if (!(name in this.options)) throw new TypeError(`no option ${name}`);
     Object.assign(this.options, options);
-    const { size, shown, wipe, theme, controls } = this.options;
-    this.options.size = clamp(Number(size) || 1, 0.01, 1);
-    this.options.shown = shown === null ? null : Math.max(0, Math.round(shown));
-    this.options.wipe = wipe === null ? null : clamp(Number(wipe), 0, 1);
-    this.root.dataset.theme = theme;
-    this.bar.hidden = !controls;
+    this.root.dataset.theme = this.options.theme;
     this.#scene = null;
     this.#change();
   }
 
   play() {
-    if (this.data.moments < 2) return;
     if (this.moment >= this.data.moments - 1) this.setMoment(0);
-    this.playing = true;
+    this.playing = this.data.moments > 1;
     this.#change();
   }
   pause() {
@@ -555,37 +549,36 @@ export class Viewer {
 
   /** The Gaussian that gives most to a point of the domain, with its numbers; null where none reaches. */
   pick(x, y) {
-    const { page: { blend, constants } } = this.data, unit = this.pixelsPerUnit;
-    const { n, rows, values } = this.#project({ x, y, sx: unit, sy: unit, width: 0, height: 0, zoom: this.view.zoom });
-    let best = -1, most = 0, bestShare = 0, total = blend === "weighted" ? constants.eps : 0, light = 1;
+    const { page: { blend, constants } } = this.data, { unit, view: { zoom } } = this;
+    const { n, rows, values } = this.#project({ x, y, sx: unit, sy: unit, width: 0, height: 0, zoom });
+    let best = -1, most = 0, share = 0, total = blend === "weighted" ? constants.eps : 0, light = 1;
     for (let i = 0; i < n; i++) {
-      const [u1, u2, , , , , red, green, blue, , opacity] = values.subarray(STRIDE * i + 6, STRIDE * (i + 1));
-      const power = u1 * u1 + u2 * u2;
-      if (power > constants.cutoff_power) continue;
-      let share = opacity * Math.max(0, Math.exp(-power / 2) - constants.floor) / (1 - constants.floor);
-      if (blend === "over") {
-        share = Math.min(constants.max_alpha, share) * light;
-        light -= share;
-      }
-      total += share;
-      const part = blend === "additive" ? share * Math.max(Math.abs(red), Math.abs(green), Math.abs(blue)) : share;
-      if (part > most) most = part, best = rows[i], bestShare = share;
+      const [u1, u2, , , , , red, green, blue, , opacity] = values.subarray(STRIDE * i + 6);
+      const power = u1 * u1 + u2 * u2, w = power <= constants.cutoff_power ? Math.exp(-power / 2) : 0;
+      let part = opacity * Math.max(0, w - constants.floor) / (1 - constants.floor);
+      if (blend === "over") light -= part = Math.min(constants.max_alpha, part) * light;
+      total += part;
+      const gives = blend === "additive" ? part * Math.max(...[red, green, blue].map(Math.abs)) : part;
+      if (gives > most) most = gives, best = rows[i], share = part;
     }
-    if (best < 0) return null;
-    const share = { weighted: bestShare / total, over: bestShare, additive: null }[blend];
-    return { ...this.#numbers(best), share };
+    const shares = { weighted: share / total, over: share, additive: null }; // of a sum nobody has a share
+    return best < 0 ? null : { ...this.numbers(best), share: shares[blend] };
   }
-
   /** Shows the numbers of a Gaussian, by its row in this moment's scene, and its outline; null: of none. */
   select(row) {
-    this.picked = row === null ? null : { ...this.#numbers(row), pinned: true };
-    this.#change();
+    this.#pick(row === null ? null : { ...this.numbers(row), pinned: true });
+  }
+  numbers(row) {
+    const [x, y, log1, log2, turn, opacity, ...color] = this.scene.columns.map((column) => column[row]);
+    const angle = ((turn * 180 / Math.PI) % 180 + 180) % 180;
+    return { index: row, id: this.scene.ids[row], x, y, sigma: [log1, log2].map(Math.exp), angle, opacity, color };
   }
 
   /** RGBA bytes at any size, row 0 on top, which the domain fills; with a view, its part around that centre. */
   pixels(width, height, { x, y, zoom = 1 } = {}) {
     const { x0, y0, width: w, height: h } = this.domain, sx = width / w * zoom, sy = height / h * zoom;
-    return this.painter.pixels(this.#project({ x: x ?? x0 + w / 2, y: y ?? y0 + h / 2, sx, sy, width, height, zoom }));
+    const frame = { x: x ?? x0 + w / 2, y: y ?? y0 + h / 2, sx, sy, width, height, zoom };
+    return this.painter.pixels(this.#project(frame));
   }
 
   /** Resolves when nothing is left to draw; while playing, after the next frame. */
@@ -594,21 +587,55 @@ export class Viewer {
   }
 
   destroy() {
-    cancelAnimationFrame(this.#request);
-    clearTimeout(this.speaking);
     this.destroyed = true;
-    document.removeEventListener("keydown", this.keys);
+    cancelAnimationFrame(this.#request);
     this.resized.disconnect();
+    this.controls.destroy();
     this.painter.destroy();
     this.root.replaceChildren();
     this.#waiting.splice(0).forEach((resolve) => resolve());
   }
 
-  // ------------------------------------------------------------------------------------------------------ drawing
+  // ------------------------------------------------------------------------------------------- what the hands call
+
+  /** A pointer's place in domain units; without one, the middle of the picture. */
+  placeOf(event) {
+    const { left, top } = this.stage.getBoundingClientRect(), { clientWidth, clientHeight } = this.stage;
+    if (!event) return { x: this.view.x, y: this.view.y };
+    const dx = event.clientX - left - clientWidth / 2, dy = event.clientY - top - clientHeight / 2;
+    return { x: this.view.x + dx / this.unit, y: this.view.y - dy / this.unit };
+  }
+  /** Zooms so that what is under the pointer stays there. */
+  zoomAt(factor, event) {
+    const { x, y } = this.placeOf(event), zoom = clamp(this.view.zoom * factor, 0.5, DEEPEST), k = this.view.zoom / zoom;
+    this.moving();
+    this.setView({ x: x + (this.view.x - x) * k, y: y + (this.view.y - y) * k, zoom });
+  }
+  /** Moves the picture by CSS pixels. */
+  pan(dx, dy) {
+    this.moving();
+    this.setView({ x: this.view.x - dx / this.unit, y: this.view.y + dy / this.unit });
+  }
+  moving() { this.#movingUntil = performance.now() + REST; }
+  hover(event) {
+    if (this.picked?.pinned) return;
+    const { x, y } = this.placeOf(event);
+    this.#pick(event ? this.pick(x, y) : null);
+  }
+  pin(event) {
+    const { x, y } = this.placeOf(event), found = this.pick(x, y);
+    const again = this.picked?.pinned && found?.id === this.picked.id; // a second click lets go
+    this.#pick(found && !again ? { ...found, pinned: true } : null);
+  }
+  #pick(picked) {
+    if (picked || this.picked) this.#change();
+    this.picked = picked;
+  }
+
+  // ------------------------------------------------------------------------------------------------------- drawing
 
   #newPainter(wanted) {
-    const old = this.painter?.canvas;
-    const fresh = () => element("canvas", { class: "gs2d-scene", role: "img" });
+    const old = this.painter?.canvas, fresh = () => element("canvas", { className: "gs2d-scene", role: "img" });
     let canvas = fresh(), painter = null;
     if (wanted !== "canvas" && this.#losses < 3) try {
       painter = new GLRenderer(canvas);
@@ -617,16 +644,15 @@ export class Viewer {
       if (wanted === "webgl2") throw error;
       canvas = fresh(); // one that was asked for WebGL2 has nothing else to give
     }
-    this.painter = painter ?? new CanvasRenderer(canvas);
-    this.painter.canvas = canvas;
-    if (old) old.replaceWith(canvas);
-    else this.stage.prepend(canvas);
+    this.painter = Object.assign(painter ?? new CanvasRenderer(canvas), { canvas });
+    old?.remove();
+    this.ground.after(canvas);
   }
   #lost(canvas) { // the driver took everything away: a new canvas is given a new context, or draws without one
     if (this.destroyed || canvas !== this.painter.canvas) return;
     this.#losses++;
     this.#newPainter("auto");
-    this.#describe();
+    this.controls.describe();
     this.#change();
   }
 
@@ -634,346 +660,340 @@ export class Viewer {
     this.#changed = true;
     this.#schedule();
   }
-  #move() {
-    this.#movingUntil = performance.now() + REST;
-  }
   #schedule() {
     if (this.#request || this.destroyed || !this.data) return;
     this.#request = requestAnimationFrame((time) => this.#frame(time));
   }
-
   #frame(time) {
     this.#request = 0;
-    const moving = this.playing || performance.now() < this.#movingUntil, last = this.#drawn;
+    const moving = this.playing || performance.now() < this.#movingUntil, last = this.#last;
     if (moving && last) { // the time from one frame to the next tells what one costs
       const took = time - last.time;
-      if (took > 50) this.#scale = Math.max(0.25, this.#scale * 0.8);
-      else if (took < 25) this.#scale = Math.min(1, this.#scale * 1.05);
+      this.#scale = clamp(this.#scale * (took > 50 ? 0.8 : took < 25 ? 1.05 : 1), 0.25, 1);
       if (this.playing) this.#advance(Math.min(took, 200) / 1000);
     }
     const scale = moving ? this.#scale : 1;
-    if (this.#changed || (last && last.scale < scale)) {
+    if (this.#changed || last?.scale < scale) {
       this.#changed = false;
       this.draw(scale);
     }
-    this.#drawn = moving ? { time, scale } : null;
+    this.#last = moving ? { time, scale } : null;
     if (moving || this.#changed) this.#schedule();
     if (!this.#request || this.playing) this.#waiting.splice(0).forEach((resolve) => resolve());
   }
   #advance(seconds) {
-    const end = this.data.moments - 1;
-    this.time = (Math.floor(this.time ?? -1) === Math.floor(this.moment) ? this.time : this.moment) + seconds * end / Math.min(LENGTH, end);
+    const end = this.data.moments - 1, playhead = this.#playhead + seconds * end / Math.min(LENGTH, end);
     const calm = matchMedia("(prefers-reduced-motion: reduce)").matches; // then from moment to moment
-    if (this.time >= end) this.playing = false;
-    this.setMoment(calm ? Math.floor(this.time) : this.time);
+    this.playing = playhead < end;
+    this.setMoment(calm ? Math.floor(playhead) : playhead);
+    this.#playhead = playhead;
   }
 
-  #sceneNow() {
-    if (!this.#scene) {
-      this.#scene = sceneAt(this.data, this.moment);
-      this.#keep = mostImportant(this.#scene, this.options.shown ?? Infinity);
-    }
-    return this.#scene;
-  }
   #project(frame) {
-    const scene = this.#sceneNow();
-    return project(scene, frame, { size: this.options.size, keep: this.#keep });
-  }
-  /** CSS pixels per domain unit. */
-  get pixelsPerUnit() {
-    const { clientWidth, clientHeight } = this.stage;
-    return Math.min(clientWidth / this.domain.width, clientHeight / this.domain.height) * this.view.zoom;
+    return project(this.scene, frame, { size: this.options.size, keep: this.#keep });
   }
 
   /** Draws now, with `scale` times the screen's pixels along each side. */
   draw(scale = 1) {
-    const { clientWidth: w, clientHeight: h } = this.stage, { x, y, zoom } = this.view, { x0, x1, y0, y1 } = this.domain;
-    if (!w || !h || !this.data) return; // hidden
-    const unit = this.pixelsPerUnit, ratio = Math.min(devicePixelRatio || 1, 4096 / Math.max(w, h)), fine = ratio * scale;
-    const box = { left: w / 2 + (x0 - x) * unit, right: w / 2 + (x1 - x) * unit, top: h / 2 + (y - y1) * unit, bottom: h / 2 + (y - y0) * unit };
-    const seen = { left: clamp(box.left, 0, w), right: clamp(box.right, 0, w), top: clamp(box.top, 0, h), bottom: clamp(box.bottom, 0, h) };
-    const [left, right, top, bottom] = [seen.left, seen.right, seen.top, seen.bottom].map((value) => Math.round(value * fine));
-    const frame = { x, y, sx: unit * fine, sy: unit * fine, width: Math.round(w * fine), height: Math.round(h * fine), zoom };
-    const screen = this.#project(frame);
-    this.painter.show(screen, { x: left, y: top, width: right - left, height: bottom - top });
-    for (const canvas of [this.painter.canvas, this.over]) Object.assign(canvas.style, { width: `${w}px`, height: `${h}px` });
-    Object.assign(this.ground.style, {
-      left: `${seen.left}px`, top: `${seen.top}px`, width: `${seen.right - seen.left}px`, height: `${seen.bottom - seen.top}px` });
-    this.#drawOver(screen, { w, h, unit, ratio, box, seen });
-    this.#showState();
+    const { clientWidth: w, clientHeight: h } = this.stage, { domain, unit, view: { x, y, zoom } } = this;
+    if (!w || !h) return; // hidden
+    const ratio = Math.min(devicePixelRatio || 1, 4096 / Math.max(w, h)), fine = ratio * scale;
+    const left = w / 2 + (domain.x0 - x) * unit, top = h / 2 + (y - domain.y1) * unit; // of the domain, in CSS pixels
+    const right = left + domain.width * unit, bottom = top + domain.height * unit;
+    const seen = { left: clamp(left, 0, w), right: clamp(right, 0, w) };
+    Object.assign(seen, { top: clamp(top, 0, h), bottom: clamp(bottom, 0, h) });
+    const clip = { x: Math.round(seen.left * fine), y: Math.round(seen.top * fine) };
+    clip.width = Math.round(seen.right * fine) - clip.x;
+    clip.height = Math.round(seen.bottom * fine) - clip.y;
+    const size = { width: Math.round(w * fine), height: Math.round(h * fine) };
+    const screen = this.#project({ x, y, sx: unit * fine, sy: unit * fine, ...size, zoom });
+    this.painter.show(screen, clip);
+    for (const canvas of [this.painter.canvas, this.over]) canvas.style.cssText = `width: ${w}px; height: ${h}px`;
+    this.ground.style.inset = `${seen.top}px ${w - seen.right}px ${h - seen.bottom}px ${seen.left}px`;
+
+    const pen = this.over.getContext("2d");
+    Object.assign(this.over, { width: Math.round(w * ratio), height: Math.round(h * ratio) }); // also clears it
+    pen.scale(ratio, ratio);
+    if (this.target && this.options.wipe !== null) this.#drawTarget(pen, seen, { left, top, right, bottom }, w, ratio);
+    const row = this.picked ? this.scene.ids.indexOf(this.picked.id) : -1;
+    if (this.options.outlines) this.#drawOutlines(pen, screen.rows, [["#0006", 2], ["#fffc", 0.8]], w, h);
+    if (row >= 0) this.#drawOutlines(pen, [row], [["#000c", 4], ["#fff", 2]], w, h, 4);
+    this.controls.update();
   }
 
-  /** What lies over the picture: the picture to reach, the outlines, the one Gaussian that was picked. */
-  #drawOver(screen, { w, h, unit, ratio, box, seen }) {
-    const { over } = this, pen = over.getContext("2d"), { wipe, outlines, size } = this.options, scene = this.#sceneNow();
-    const width = Math.round(w * ratio), height = Math.round(h * ratio);
-    if (over.width !== width || over.height !== height) over.width = width, over.height = height;
-    pen.setTransform(ratio, 0, 0, ratio, 0, 0);
-    pen.clearRect(0, 0, w, h);
-    const from = this.target && wipe !== null ? Math.max(seen.left, wipe * w) : seen.right;
-    if (from < seen.right && seen.top < seen.bottom) {
-      const { naturalWidth, naturalHeight } = this.target;
-      const kx = naturalWidth / (box.right - box.left), ky = naturalHeight / (box.bottom - box.top);
-      pen.imageSmoothingEnabled = kx * ratio > 0.5; // a pixel is a square, and is shown as one
-      pen.imageSmoothingQuality = "high";
-      pen.drawImage(this.target, (from - box.left) * kx, (seen.top - box.top) * ky, (seen.right - from) * kx,
-        (seen.bottom - seen.top) * ky, from, seen.top, seen.right - from, seen.bottom - seen.top);
-    }
-    const { x, y } = this.view, [xs, ys, log1, log2, turn] = scene.columns;
-    const ellipse = (path, i) => {
-      const [r1, r2] = [log1[i], log2[i]].map((log) => 2 * size * Math.exp(log) * unit);
-      if (!(Math.max(r1, r2) < 1e6)) return;
-      const cx = w / 2 + (xs[i] - x) * unit, cy = h / 2 + (y - ys[i]) * unit;
+  #drawTarget(pen, seen, box, w, ratio) {
+    const { target } = this, from = Math.max(seen.left, this.options.wipe * w);
+    const width = seen.right - from, height = seen.bottom - seen.top;
+    const kx = target.naturalWidth / (box.right - box.left), ky = target.naturalHeight / (box.bottom - box.top);
+    if (width <= 0 || height <= 0) return;
+    pen.imageSmoothingEnabled = kx > 0.5 * ratio; // a pixel is a square, and is shown as one
+    pen.drawImage(target, (from - box.left) * kx, (seen.top - box.top) * ky, width * kx, height * ky,
+      from, seen.top, width, height);
+  }
+
+  #drawOutlines(pen, rows, styles, w, h, cross = 0) {
+    const { unit, view, options: { size } } = this, [x, y, log1, log2, turn] = this.scene.columns, path = new Path2D();
+    for (const i of rows) {
+      const cx = w / 2 + (x[i] - view.x) * unit, cy = h / 2 + (view.y - y[i]) * unit;
+      const r1 = 2 * size * Math.exp(log1[i]) * unit, r2 = 2 * size * Math.exp(log2[i]) * unit;
+      for (const [dx, dy] of [[cross, 0], [0, cross]]) path.moveTo(cx - dx, cy - dy), path.lineTo(cx + dx, cy + dy);
+      if (!(Math.max(r1, r2) < 1e6)) continue; // where a line is all that could be seen of it
       path.moveTo(cx + r1 * Math.cos(turn[i]), cy - r1 * Math.sin(turn[i]));
       path.ellipse(cx, cy, r1, r2, -turn[i], 0, 2 * Math.PI);
-    };
-    const stroke = (path, widths) => widths.forEach(([style, lineWidth]) => {
-      Object.assign(pen, { strokeStyle: style, lineWidth });
+    }
+    for (const [strokeStyle, lineWidth] of styles) {
+      Object.assign(pen, { strokeStyle, lineWidth });
       pen.stroke(path);
-    });
-    if (outlines) {
-      const path = new Path2D();
-      for (const i of screen.rows) ellipse(path, i);
-      stroke(path, [["#0006", 2], ["#fffc", 0.8]]);
-    }
-    const row = this.picked ? scene.ids.indexOf(this.picked.id) : -1;
-    if (row >= 0) {
-      const path = new Path2D(), cx = w / 2 + (xs[row] - x) * unit, cy = h / 2 + (y - ys[row]) * unit;
-      ellipse(path, row);
-      for (const [dx, dy] of [[4, 0], [0, 4]]) path.moveTo(cx - dx, cy - dy), path.lineTo(cx + dx, cy + dy);
-      stroke(path, [["#000c", 4], ["#fff", 2]]);
     }
   }
+}
 
-  #numbers(row) {
-    const scene = this.#sceneNow(), [x, y, log1, log2, turn, opacity, ...color] = scene.columns.map((column) => column[row]);
-    const angle = ((turn * 180 / Math.PI) % 180 + 180) % 180;
-    return { index: row, id: scene.ids[row], x, y, sigma: [Math.exp(log1), Math.exp(log2)], angle, opacity, color };
-  }
+// -------------------------------------------------------------------------------------------------- the controls
 
-  // ------------------------------------------------------------------------------------------------- the controls
+const ICONS = {
+  plus: "M8 3v10M3 8h10", minus: "M3 8h10", whole: "M3 6V3h3M10 3h3v3M13 10v3h-3M6 13H3v-3",
+  play: "M5 3l8 5-8 5z", pause: "M5 3v10M11 3v10",
+};
+const HELP = [
+  ["+  −  wheel, pinch", "zoom, as deep as you like"],
+  ["arrows, drag", "move the picture"],
+  ["0 or Home", "the whole picture"],
+  ["point, click, Enter", "the numbers of one Gaussian (Enter: the one in the middle)"],
+  ["O", "outlines, at two standard deviations"],
+  ["C", "compare with the picture to reach"],
+  ["Space", "play or pause"],
+  [", and .", "one moment back, one on"],
+  ["Esc", "let go of the Gaussian"],
+];
 
-  #build() {
-    const button = (name, icon, run, properties = {}) =>
-      element("button", { type: "button", "aria-label": name, title: name, on: { click: run }, ...properties }, ...(icon ? [drawing("0 0 16 16", icon)] : []));
-    const range = (name, properties, run) =>
-      element("input", { type: "range", "aria-label": name, ...properties, on: { input: (event) => run(Number(event.target.value)) } });
-    const move = (change) => { this.#move(); change(); };
+function icon(name) {
+  const [node, path] = ["svg", "path"].map((kind) => document.createElementNS("http://www.w3.org/2000/svg", kind));
+  node.setAttribute("viewBox", "0 0 16 16");
+  node.setAttribute("aria-hidden", "true");
+  path.setAttribute("d", ICONS[name]);
+  node.append(path);
+  return node;
+}
+const named = (name, node) => {
+  node.setAttribute("aria-label", name);
+  return node;
+};
+const button = (name, content, click, properties = {}) =>
+  named(name, element("button", { type: "button", title: name, click, ...properties }, content));
+const range = (name, properties, change) =>
+  named(name, element("input", { type: "range", ...properties, input: (event) => change(Number(event.target.value)) }));
+const pairs = (list) => list.flatMap(([name, ...what]) => [element("dt", {}, name), element("dd", {}, ...what)]);
+const put = (node, text) => { if (node.textContent !== text) node.textContent = text; };
 
-    this.ground = element("div", { class: "gs2d-ground" });
-    this.over = element("canvas", {
-      class: "gs2d-over", tabIndex: 0, role: "application", on: {
-        wheel: (event) => this.#wheel(event), pointerdown: (event) => this.#down(event), pointermove: (event) => this.#drag(event),
-        pointerup: (event) => this.#up(event), pointercancel: (event) => this.#up(event), pointerleave: () => this.#hover(null),
-        dblclick: (event) => this.#zoomAt(2, event) } });
-    this.divider = element("div", { class: "gs2d-divider" });
-    this.wipe = range("Where the picture to reach begins", { class: "gs2d-wipe", min: 0, max: 1, step: 0.01 },
-      (wipe) => this.setOptions({ wipe }));
-    this.card = element("dl", { class: "gs2d-card" });
-    this.note = element("div", { class: "gs2d-note" });
-    this.stage = element("div", { class: "gs2d-stage" }, this.ground, this.over, this.divider, this.wipe, this.card, this.note);
+/** What a person sees around the picture, and does to it. */
+class Controls {
+  #pointers = new Map();
 
-    this.playButton = button("Play", ICONS.play, () => (this.playing ? this.pause() : this.play()));
-    this.scrubber = range("Moment of the training", { min: 0, step: "any" }, (moment) => move(() => {
-      this.playing = false;
-      this.setMoment(moment);
-    }));
-    this.curve = drawing("0 0 1 1", "", "");
-    this.when = element("output", { class: "gs2d-when" });
-    this.timeline = element("div", { class: "gs2d-timeline" }, this.playButton,
-      element("div", { class: "gs2d-track" }, this.curve, this.scrubber), this.when);
+  constructor(viewer) {
+    this.viewer = viewer;
+    const { stage, over, root } = viewer, text = (name, className) => this[name] = element("output", { className });
+    const group = (...children) => element("span", { className: "gs2d-group" }, ...children);
+    const set = (options) => {
+      viewer.moving();
+      viewer.setOptions(options);
+    };
+    const scrub = (moment) => {
+      viewer.moving();
+      viewer.playing = false;
+      viewer.setMoment(moment);
+    };
+    const hands = {
+      wheel: (event) => this.#wheel(event), dblclick: (event) => viewer.zoomAt(2, event),
+      pointerdown: (event) => this.#down(event), pointermove: (event) => this.#drag(event),
+      pointerup: (event) => this.#up(event), pointercancel: (event) => this.#up(event), pointerleave: () => viewer.hover(null) };
+    for (const [name, run] of Object.entries(hands)) over.addEventListener(name, run, { passive: false });
+    document.addEventListener("keydown", this.keydown = (event) => this.#key(event));
 
-    this.readout = element("output", { class: "gs2d-zoom" });
-    this.sizeSlider = range("Size of the Gaussians", { min: 0.05, max: 1, step: 0.01 }, (size) => move(() => this.setOptions({ size })));
-    this.shownSlider = range("Gaussians shown, the most important first", { min: 0, max: 1, step: 0.005 }, (value) =>
-      move(() => this.setOptions({ shown: value >= 1 ? null : Math.round(Math.exp(value * Math.log(this.#most()))) })));
-    this.sizeText = element("output");
-    this.shownText = element("output");
-    this.outlineButton = button("Outlines", null, () => this.setOptions({ outlines: !this.options.outlines }), { textContent: "Outlines" });
-    this.wipeButton = button("Compare", null, () => this.setOptions({ wipe: this.options.wipe === null ? 0.5 : null }), { textContent: "Compare" });
+    this.divider = element("div", { className: "gs2d-divider" });
+    this.wipe = range("Where the picture to reach begins", { className: "gs2d-wipe", min: 0, max: 1, step: 0.01 },
+      (wipe) => set({ wipe }));
+    this.card = element("dl", { className: "gs2d-card" });
+    this.note = element("div", { className: "gs2d-note" });
+    stage.append(this.divider, this.wipe, this.card, this.note);
+
+    this.play = button("Play", icon("play"), () => (viewer.playing ? viewer.pause() : viewer.play()));
+    this.scrubber = range("Moment of the training", { min: 0, step: "any" }, scrub);
+    this.curve = element("div", { className: "gs2d-curve" });
+    this.timeline = element("div", { className: "gs2d-timeline" }, this.play,
+      element("div", { className: "gs2d-track" }, this.curve, this.scrubber), text("when", "gs2d-when"));
+
+    this.size = range("Size of the Gaussians", { min: 0.05, max: 1, step: 0.01 }, (size) => set({ size }));
+    this.shown = range("Gaussians shown, the most important first", { min: 0, max: 1, step: 0.005 },
+      (value) => set({ shown: value < 1 ? Math.round(this.#most ** value) : null }));
+    this.outlines = button("Outlines", "Outlines", () => set({ outlines: !viewer.options.outlines }));
+    this.compare = button("Compare", "Compare", () => set({ wipe: viewer.options.wipe === null ? 0.5 : null }));
+    const zoom = group(
+      button("Zoom out", icon("minus"), () => this.#zoom(1 / 1.5)), text("zoom", "gs2d-zoom"),
+      button("Zoom in", icon("plus"), () => this.#zoom(1.5)),
+      button("The whole picture", icon("whole"), () => viewer.reset()));
+    const help = button("What you can do, and keys", "?", () => this.help.showModal());
     this.title = element("strong");
     this.about = element("span");
-    this.help = element("dialog", { class: "gs2d-help", "aria-label": "What you can do" },
-      element("dl", {}, ...HELP.flatMap(([key, what]) => [element("dt", { textContent: key }), element("dd", { textContent: what })])),
-      element("button", { type: "button", textContent: "Close", on: { click: () => this.help.close() } }));
-    this.tools = element("div", { class: "gs2d-tools", role: "group", "aria-label": "The picture" },
-      element("span", { class: "gs2d-group" },
-        button("Zoom out", ICONS.minus, () => this.#zoomAt(1 / 1.5)), this.readout, button("Zoom in", ICONS.plus, () => this.#zoomAt(1.5)),
-        button("The whole picture", ICONS.whole, () => this.reset())),
-      element("label", {}, "Size", this.sizeSlider, this.sizeText), element("label", {}, "Shown", this.shownSlider, this.shownText),
-      element("span", { class: "gs2d-group" }, this.outlineButton, this.wipeButton,
-        button("What you can do, and keys", null, () => this.help.showModal(), { textContent: "?" })));
-    this.bar = element("div", { class: "gs2d-bar" }, this.timeline,
-      element("div", { class: "gs2d-row" }, element("div", { class: "gs2d-title" }, this.title, this.about), this.tools));
-    this.status = element("div", { class: "gs2d-status", role: "status" });
-    this.root.classList.add("gs2d-viewer");
-    this.root.replaceChildren(this.stage, this.bar, this.help, this.status);
-    this.keys = (event) => this.#key(event);
-    document.addEventListener("keydown", this.keys);
+    this.bar = element("div", { className: "gs2d-bar" }, this.timeline, element("div", { className: "gs2d-row" },
+      element("div", { className: "gs2d-title" }, this.title, this.about), zoom,
+      element("label", {}, "Size", this.size, text("sizeText")),
+      element("label", {}, "Shown", this.shown, text("shownText")),
+      group(this.outlines, this.compare, help)));
+    this.help = named("What you can do", element("dialog", { className: "gs2d-help" }, element("dl", {}, ...pairs(HELP)),
+      button("Close", "Close", () => this.help.close())));
+    this.status = element("div", { className: "gs2d-status", role: "status" });
+    root.append(this.bar, this.help, this.status);
   }
-
-  #most() { return Math.max(1, ...Array.from({ length: this.data.moments }, (_, m) => this.data.starts[m + 1] - this.data.starts[m])); }
+  destroy() {
+    document.removeEventListener("keydown", this.keydown);
+    clearTimeout(this.speaking);
+  }
 
   /** What stays the same as long as the page does. */
-  #describe() {
-    const { page, moments, starts } = this.data, many = count(starts[moments] - starts[moments - 1]);
+  describe() {
+    const { data: { page, moments, starts }, over, painter, ground, target } = this.viewer;
     const title = typeof page.title === "string" ? page.title : "";
+    const numbers = [...starts].slice(1).map((end, m) => end - starts[m]);
+    const many = `${count(numbers.at(-1))} Gaussian${numbers.at(-1) === 1 ? "" : "s"}`;
+    this.#most = Math.max(2, ...numbers);
     this.title.textContent = title;
-    this.about.textContent = `${many} Gaussian${many === "1" ? "" : "s"}, ${page.blend}`;
-    this.painter.canvas.setAttribute("aria-label", `${title}, a picture made of ${many} Gaussians`);
-    this.over.setAttribute("aria-label", `${title}: zoom with plus and minus, move with the arrow keys, Enter picks the Gaussian in the middle`);
-    this.ground.hidden = page.channels !== 4;
-    this.wipeButton.hidden = !this.target;
+    this.about.textContent = `${many}, ${page.blend}`;
+    named(`${title}, a picture made of ${many}`, painter.canvas);
+    named(`${title}: plus and minus zoom, arrow keys move, Enter picks the Gaussian in the middle`, over);
+    ground.hidden = page.channels !== 4;
+    this.compare.hidden = !target;
     this.timeline.hidden = moments < 2;
     this.scrubber.max = moments - 1;
-    const scores = page.moments.map(({ psnr }) => psnr), known = scores.filter(Number.isFinite);
-    const low = Math.min(...known), high = Math.max(...known);
-    const points = scores.flatMap((psnr, m) => (Number.isFinite(psnr) ? [`${m / (moments - 1)} ${0.95 - 0.9 * (psnr - low) / (high - low || 1)}`] : []));
-    this.curve.firstChild.setAttribute("d", points.length > 1 && moments > 1 ? `M${points.join("L")}` : "");
+    const scores = page.moments.map(({ psnr }) => psnr), low = Math.min(...scores), high = Math.max(...scores);
+    const points = scores.map((psnr, m) => `${100 * m / (moments - 1)}% ${90 - 90 * (psnr - low) / (high - low)}%`);
+    this.curve.hidden = !(scores.every(Number.isFinite) && high > low);
+    this.curve.style.clipPath = `polygon(0% 100%, ${points.join()}, 100% 100%)`;
   }
+  #most = 2; // Gaussians at any moment
 
   /** What follows from the view, the moment and the options. */
-  #showState() {
-    const { view: { zoom }, options: { outlines, size, shown, wipe }, moment, data: { page, moments } } = this, scene = this.#sceneNow();
+  update() {
+    const { view: { zoom }, options, moment, playing, data: { page, moments, starts }, scene, target } = this.viewer;
+    const { controls, outlines, size, shown, wipe } = options;
     const nearest = Math.round(moment), { step, psnr } = page.moments[nearest] ?? {};
-    const n = this.data.starts[nearest + 1] - this.data.starts[nearest], all = shown === null || shown >= scene.n;
-    const words = [Number.isFinite(step) && `step ${count(step)}`, Number.isFinite(psnr) && `${psnr.toFixed(2)} dB`, `${count(n)} Gaussians`];
-    const put = (node, text) => { if (node.textContent !== text) node.textContent = text; };
-    put(this.readout, `×${zoom < 1000 ? say(zoom, 2 + (zoom >= 100)) : zoom.toExponential(1).replace("e+", "e")}`);
+    const all = shown === null || shown >= scene.n, many = starts[nearest + 1] - starts[nearest];
+    const words = [Number.isFinite(step) && `step ${count(step)}`, Number.isFinite(psnr) && `${psnr.toFixed(2)} dB`];
+    put(this.zoom, `×${zoom < 1000 ? say(zoom, zoom < 100 ? 2 : 3) : zoom.toExponential(1).replace("e+", "e")}`);
     put(this.note, zoom >= 8 ? "still sharp: a scene has no pixels" : "");
     put(this.sizeText, `${Math.round(100 * size)} %`);
     put(this.shownText, all ? "all" : count(shown));
-    put(this.when, words.filter(Boolean).join(" · "));
-    this.sizeSlider.value = size;
-    this.shownSlider.value = all ? 1 : Math.log(Math.max(1, shown)) / Math.log(Math.max(2, this.#most()));
-    this.shownSlider.setAttribute("aria-valuetext", all ? "all" : count(shown));
-    this.sizeSlider.setAttribute("aria-valuetext", this.sizeText.textContent);
+    put(this.when, [...words, `${count(many)} Gaussians`].filter(Boolean).join(" · "));
+    this.bar.hidden = !controls;
+    this.size.value = size;
+    this.shown.value = all ? 1 : Math.log(Math.max(1, shown)) / Math.log(this.#most);
     this.scrubber.value = moment;
+    this.size.setAttribute("aria-valuetext", this.sizeText.textContent);
+    this.shown.setAttribute("aria-valuetext", this.shownText.textContent);
     this.scrubber.setAttribute("aria-valuetext", this.when.textContent);
-    this.outlineButton.setAttribute("aria-pressed", outlines);
-    this.wipeButton.setAttribute("aria-pressed", wipe !== null);
-    this.wipe.hidden = this.divider.hidden = wipe === null || !this.target;
+    this.outlines.setAttribute("aria-pressed", outlines);
+    this.compare.setAttribute("aria-pressed", wipe !== null);
+    this.wipe.hidden = this.divider.hidden = wipe === null || !target;
     this.wipe.value = wipe ?? 0.5;
     this.divider.style.left = `${100 * (wipe ?? 0.5)}%`;
-    const name = this.playing ? "Pause" : "Play";
-    if (this.playButton.title !== name) {
-      this.playButton.title = name;
-      this.playButton.setAttribute("aria-label", name);
-      this.playButton.replaceChildren(drawing("0 0 16 16", this.playing ? ICONS.pause : ICONS.play));
+    this.curve.style.setProperty("--now", `${100 * moment / Math.max(1, moments - 1)}%`);
+    const name = playing ? "Pause" : "Play";
+    if (this.play.title !== name) {
+      named(name, this.play).title = name;
+      this.play.replaceChildren(icon(name.toLowerCase()));
     }
-    const at = moments > 1 ? moment / (moments - 1) : 0;
-    this.curve.lastChild.setAttribute("d", `M${at} 0V1`);
     this.#showNumbers();
   }
-
   #showNumbers() {
-    const row = this.picked ? this.#sceneNow().ids.indexOf(this.picked.id) : -1;
+    const { scene, picked, data: { page } } = this.viewer, row = picked ? scene.ids.indexOf(picked.id) : -1;
     this.card.hidden = row < 0;
     if (row < 0) return;
-    const { index, x, y, sigma, angle, opacity, color } = this.#numbers(row), { share } = this.picked;
-    const swatch = element("span", { class: "gs2d-swatch" });
-    swatch.style.background = `rgb(${color.slice(0, 3).map((c) => 255 * clamp(c, 0, 1)).join(" ")})`;
-    const lines = [
-      ["Gaussian", String(index)], ["centre", `${say(x)}, ${say(y)}`], ["σ", `${say(sigma[0])}, ${say(sigma[1])}`], ["angle", `${say(angle)}°`],
-      ["opacity", say(opacity)], ["colour", swatch, color.slice(0, this.data.page.channels).map((c) => say(c, 2)).join(", ")],
-      ...(share == null ? [] : [["share here", `${Math.round(100 * share)} %`]])];
-    this.card.replaceChildren(...lines.flatMap(([name, ...value]) => [element("dt", { textContent: name }), element("dd", {}, ...value)]));
-    this.card.classList.toggle("gs2d-pinned", this.picked.pinned);
+    const { index, x, y, sigma, angle, opacity, color } = this.viewer.numbers(row);
+    const swatch = element("span", { className: "gs2d-swatch" });
+    swatch.style.background = `rgb(${color.slice(0, 3).map((c) => 255 * clamp(c, 0, 1))})`;
+    this.card.replaceChildren(...pairs([
+      ["Gaussian", index], ["centre", `${say(x)}, ${say(y)}`], ["σ", sigma.map((s) => say(s)).join(", ")],
+      ["angle", `${say(angle)}°`], ["opacity", say(opacity)],
+      ["colour", swatch, color.slice(0, page.channels).map((c) => say(c, 2)).join(", ")],
+      ...(picked.share == null ? [] : [["share here", `${Math.round(100 * picked.share)} %`]])]));
+    this.card.classList.toggle("gs2d-pinned", !!picked.pinned);
   }
 
-  /** Tells a screen reader, once it is quiet. */
-  #say(text) {
+  /** Tells a screen reader, once the hands rest. */
+  #say(words) {
     clearTimeout(this.speaking);
-    this.speaking = setTimeout(() => { this.status.textContent = text(); }, 500);
+    this.speaking = setTimeout(() => this.viewer.idle().then(() => { this.status.textContent = words(); }), 400);
   }
   #sayView() {
-    this.#say(() => `zoom ${this.readout.textContent}, centre ${say(this.view.x)}, ${say(this.view.y)}`);
+    this.#say(() => `zoom ${this.zoom.textContent}, centre ${say(this.viewer.view.x)}, ${say(this.viewer.view.y)}`);
+  }
+  #zoom(factor) {
+    this.viewer.zoomAt(factor);
+    this.#sayView();
+  }
+  #pin(event) {
+    this.viewer.pin(event);
+    const words = () => `Gaussian ${[...this.card.children].map((node) => node.textContent).slice(1).join(" ")}`;
+    this.#say(() => (this.card.hidden ? "no Gaussian picked" : words()));
   }
 
-  // ---------------------------------------------------------------------------------------------- hands and keys
-
-  /** A pointer's place, in CSS pixels from the middle of the picture, and in domain units. */
-  placeOf(event) {
-    const { left, top } = this.stage.getBoundingClientRect(), unit = this.pixelsPerUnit;
-    const dx = event ? event.clientX - left - this.stage.clientWidth / 2 : 0;
-    const dy = event ? event.clientY - top - this.stage.clientHeight / 2 : 0;
-    return { dx, dy, x: this.view.x + dx / unit, y: this.view.y - dy / unit };
-  }
-  /** Zooms so that what is under the pointer stays there. */
-  #zoomAt(factor, event) {
-    const { x, y } = this.placeOf(event), zoom = clamp(this.view.zoom * factor, 0.5, DEEPEST), k = this.view.zoom / zoom;
-    this.#move();
-    this.setView({ x: x + (this.view.x - x) * k, y: y + (this.view.y - y) * k, zoom });
-    if (!event) this.#sayView();
-  }
-  #pan(dx, dy) {
-    const unit = this.pixelsPerUnit;
-    this.#move();
-    this.setView({ x: this.view.x - dx / unit, y: this.view.y + dy / unit });
-  }
   #wheel(event) {
-    const { deltaY, deltaMode, ctrlKey } = event, inPage = window.top !== window && document.activeElement !== this.over;
-    if ((inPage && !ctrlKey) || (deltaY > 0 && this.view.zoom <= 0.5)) return; // a frame in a page lets the page scroll
+    const { deltaY, deltaMode, ctrlKey } = event, { viewer } = this;
+    const inFrame = window.top !== window && document.activeElement !== viewer.over;
+    if ((inFrame && !ctrlKey) || (deltaY > 0 && viewer.view.zoom <= 0.5)) return; // the page around it scrolls
     event.preventDefault();
-    this.#zoomAt(Math.exp(-clamp(deltaY * [1, 16, 100][deltaMode] * (ctrlKey ? 0.01 : 0.0015), -1, 1)), event);
+    const notches = deltaY * [1, 16, 100][deltaMode] * (ctrlKey ? 0.01 : 0.0015); // a pinch on a pad comes with Ctrl
+    viewer.zoomAt(Math.exp(-clamp(notches, -1, 1)), event);
   }
   #down(event) {
-    this.over.setPointerCapture(event.pointerId);
-    this.#pointers.set(event.pointerId, { x: event.clientX, y: event.clientY, path: 0 });
+    this.viewer.over.setPointerCapture(event.pointerId);
+    this.#pointers.set(event.pointerId, { clientX: event.clientX, clientY: event.clientY, path: 0 });
   }
   #drag(event) {
-    const pointer = this.#pointers.get(event.pointerId);
-    if (!pointer) return this.#hover(event);
-    const [dx, dy] = [event.clientX - pointer.x, event.clientY - pointer.y], others = [...this.#pointers.values()].filter((p) => p !== pointer);
-    const apart = () => Math.hypot(pointer.x - others[0].x, pointer.y - others[0].y);
-    const before = others.length ? apart() : 0;
-    Object.assign(pointer, { x: event.clientX, y: event.clientY, path: pointer.path + Math.hypot(dx, dy) });
-    if (others.length) {
-      const middle = { clientX: (pointer.x + others[0].x) / 2, clientY: (pointer.y + others[0].y) / 2 };
-      others[0].path = Infinity; // neither of them is a click
-      this.#pan(dx / 2, dy / 2);
-      this.#zoomAt(apart() / Math.max(before, 1), middle);
-    } else if (pointer.path > 4) this.#pan(dx, dy);
+    const pointer = this.#pointers.get(event.pointerId), { viewer } = this;
+    if (!pointer) return event.pointerType === "touch" ? undefined : viewer.hover(event);
+    const { clientX, clientY } = event, dx = clientX - pointer.clientX, dy = clientY - pointer.clientY;
+    const other = [...this.#pointers.values()].find((one) => one !== pointer);
+    const apart = () => Math.hypot(pointer.clientX - other.clientX, pointer.clientY - other.clientY);
+    const before = other ? apart() : 0;
+    Object.assign(pointer, { clientX, clientY, path: pointer.path + Math.hypot(dx, dy) });
+    if (!other) return pointer.path > 4 ? viewer.pan(dx, dy) : undefined;
+    pointer.path = other.path = Infinity; // neither of them is a click
+    const middle = { clientX: (clientX + other.clientX) / 2, clientY: (clientY + other.clientY) / 2 };
+    viewer.pan(dx / 2, dy / 2);
+    viewer.zoomAt(apart() / Math.max(before, 1), middle);
   }
   #up(event) {
     const pointer = this.#pointers.get(event.pointerId);
     this.#pointers.delete(event.pointerId);
-    if (event.type !== "pointerup" || !pointer || pointer.path > 4) return;
-    this.#pin(this.placeOf(event));
-  }
-  #pin({ x, y }) {
-    const found = this.pick(x, y), again = this.picked?.pinned && found?.id === this.picked.id;
-    this.picked = found && !again ? { ...found, pinned: true } : null;
-    this.#change();
-    this.#say(() => (this.picked ? `Gaussian ${[...this.card.children].map((node) => node.textContent).slice(1).join(" ")}` : "no Gaussian picked"));
-  }
-  #hover(event) {
-    if (this.picked?.pinned || event?.pointerType === "touch") return;
-    const { x, y } = this.placeOf(event), picked = event ? this.pick(x, y) : null;
-    if (picked || this.picked) this.#change();
-    this.picked = picked;
+    if (event.type === "pointerup" && pointer?.path <= 4) this.#pin(event);
   }
 
   #key(event) {
-    const { target, key } = event, here = this.root.contains(target);
-    const wholePage = target === document.body && this.root.parentElement === document.body; // nothing else wants keys
-    if (!(here || wholePage) || event.ctrlKey || event.metaKey || event.altKey || this.help.open) return;
-    if (target.type === "range" && target !== this.scrubber && /^(Arrow|Home|End|Page)/.test(key)) return;
+    const { target, key } = event, { viewer } = this, { root, stage } = viewer, { body } = document;
+    const mine = root.contains(target) || (target === body && root.parentElement === body); // or nothing else wants keys
+    if (!mine || !viewer.data || event.ctrlKey || event.metaKey || event.altKey || this.help.open) return;
     if (target.localName === "button" && (key === " " || key === "Enter")) return;
-    const step = 0.15 * Math.min(this.stage.clientWidth, this.stage.clientHeight);
-    const pan = (dx, dy) => { this.#pan(dx * step, dy * step); this.#sayView(); };
-    const back = (by) => { this.pause(); this.setMoment(by < 0 ? Math.ceil(this.moment) + by : Math.floor(this.moment) + by); this.#say(() => this.when.textContent); };
-    const actions = {
-      "+": () => this.#zoomAt(1.5), "=": () => this.#zoomAt(1.5), "-": () => this.#zoomAt(1 / 1.5), "_": () => this.#zoomAt(1 / 1.5),
-      0: () => this.reset(), Home: () => this.reset(), "?": () => this.help.showModal(),
-      ArrowLeft: () => pan(1, 0), ArrowRight: () => pan(-1, 0), ArrowUp: () => pan(0, 1), ArrowDown: () => pan(0, -1),
-      " ": () => (this.playing ? this.pause() : this.play()), ",": () => back(-1), ".": () => back(1),
-      o: () => this.setOptions({ outlines: !this.options.outlines }), c: () => this.target && this.wipeButton.click(),
-      Enter: () => this.#pin(this.placeOf(null)), Escape: () => this.select(null),
+    const far = 0.15 * Math.min(stage.clientWidth, stage.clientHeight), back = (by) => () => {
+      viewer.pause();
+      viewer.setMoment((by < 0 ? Math.ceil(viewer.moment) : Math.floor(viewer.moment)) + by);
+      this.#say(() => this.when.textContent);
     };
-    const scrub = { ArrowLeft: () => back(-1), ArrowDown: () => back(-1), ArrowRight: () => back(1), ArrowUp: () => back(1),
-      Home: () => this.setMoment(0), End: () => this.setMoment(Infinity), PageUp: () => back(10), PageDown: () => back(-10) };
-    if (target === this.scrubber) Object.assign(actions, scrub);
+    const pan = (dx, dy) => () => {
+      viewer.pan(dx * far, dy * far);
+      this.#sayView();
+    };
+    const closer = () => this.#zoom(1.5), away = () => this.#zoom(1 / 1.5), reset = () => viewer.reset();
+    const actions = {
+      "+": closer, "=": closer, "-": away, _: away, 0: reset, ",": back(-1), ".": back(1), " ": () => this.play.click(),
+      o: () => this.outlines.click(), c: () => this.compare.hidden || this.compare.click(),
+      "?": () => this.help.showModal(), Enter: () => this.#pin(null), Escape: () => viewer.select(null) };
+    const ofPicture = {
+      Home: reset, ArrowLeft: pan(1, 0), ArrowRight: pan(-1, 0), ArrowUp: pan(0, 1), ArrowDown: pan(0, -1) };
+    const ofScrubber = {
+      ArrowLeft: back(-1), ArrowDown: back(-1), ArrowRight: back(1), ArrowUp: back(1), PageDown: back(-10),
+      PageUp: back(10), Home: back(-Infinity), End: back(Infinity) };
+    if (target === this.scrubber) Object.assign(actions, ofScrubber);
+    else if (target.type !== "range") Object.assign(actions, ofPicture);
     const action = actions[key.length === 1 ? key.toLowerCase() : key];
     if (!action) return;
     event.preventDefault();
@@ -981,7 +1001,7 @@ export class Viewer {
   }
 }
 
-/** Puts a page into an element; resolves to its Viewer once it is drawn. What fails is said in the element, and thrown. */
+/** Puts a page into an element; resolves to its Viewer, once drawn. What goes wrong is said in the element, and thrown. */
 export async function mount(root, page, options = {}) {
   let viewer = null;
   try {
@@ -993,7 +1013,7 @@ export async function mount(root, page, options = {}) {
     viewer?.destroy();
     const sentence = error instanceof PageError ? error.message : `This picture could not be shown: ${error.message}`;
     root.classList.add("gs2d-viewer");
-    root.replaceChildren(element("p", { class: "gs2d-error", role: "alert", textContent: sentence }));
+    root.replaceChildren(element("p", { className: "gs2d-error", role: "alert" }, sentence));
     throw error;
   }
 }
