@@ -175,6 +175,87 @@ class Scenes:
         assert all((a == b).all() for a, b in zip((again.means, again.scales, again.colors), (scene.means, scene.scales, scene.colors))), "not as it was saved"
 
 
+class Formats:
+    "Scenes in the other formats that can be read, through Gaussians2D.load."
+
+    def __init__(self, folder: Path):
+        sys.path.insert(0, str(HERE))
+        from conftest import make_scene
+
+        from gs2d.gaussians import Gaussians2D
+
+        self.load, self.sources, rng = Gaussians2D.load, [], np.random.default_rng(0)
+        for suffix in (".safetensors", ".ply"):
+            for n, channels, look in ((0, 3, {}), (1, 1, {}), (3, 3, dict(blend="over")), (2, 4, dict(blend="additive", background=(0.1, 0.2, 0.3, 0.4)))):
+                self.sources.append((suffix, make_scene(n, channels=channels, **look).save(folder / f"source{suffix}", 4, 5).read_bytes()))
+        self.arrays = dict(xyz=rng.uniform(-1, 1, (4, 2)), scaling=rng.uniform(1, 3, (4, 2)), rotation=rng.uniform(0, 6, (4, 1)), color=rng.random((4, 3)), resolution=np.array([6, 5]))
+        for save in (np.savez, np.savez_compressed):
+            save(folder / "source.npz", **self.arrays)
+            self.sources.append((".npz", (folder / "source.npz").read_bytes()))
+
+    def broken_arrays(self, rng) -> bytes:
+        "The arrays of a model with one or two of them changed, in a whole archive."
+        arrays = dict(self.arrays)
+        for _ in range(rng.integers(1, 3)):
+            name = list(arrays)[rng.integers(len(arrays))]
+            array, what = arrays[name], rng.integers(6)
+            if array.dtype.kind in "US":  # text stays
+                continue
+            if what == 0:
+                del arrays[name]
+                break
+            kinds = ["?", "u1", "<i2", ">i4", "f2", ">f4", "g", "c8", "U3", "S9"]
+            with np.errstate(all="ignore"):
+                numbers = array.astype("f8") * 10.0 ** rng.integers(-50, 50) if array.dtype.kind in "fiu" else array
+                arrays[name] = [array[:-1], array[None], array.T, np.resize(array, (4, 2)), array.astype(kinds[rng.integers(len(kinds))]), numbers][what]
+        for name, array in arrays.items():
+            if rng.random() < 0.2 and array.dtype.kind == "f" and array.size:
+                with np.errstate(all="ignore"):
+                    arrays[name] = array = array.copy()
+                    array.flat[rng.integers(array.size)] = float(ODD_NUMBERS[rng.integers(len(ODD_NUMBERS) - 2)])
+        file = io.BytesIO()
+        np.savez(file, **arrays)
+        return file.getvalue()
+
+    def broken_json(self, rng, data: bytes) -> bytes:
+        "The same file with other values in the line of JSON that says how the scene looks."
+        start = data.index(b"{", data.index(b"gs2d-scene"))
+        end = data.index(b"}", start) + 1
+        escaped = b'{\\"' in data[start:end]
+        look = json.loads(data[start:end].replace(b'\\"', b'"'))
+        text = json.dumps(broken_document(rng, look)).encode()
+        text = text.replace(b"\\", b"\\\\").replace(b'"', b'\\"') if escaped else text
+        changed = data[:start] + text + data[end:]
+        if escaped:  # in a header with a length
+            length = int.from_bytes(data[:8], "little") + len(changed) - len(data)
+            changed = length.to_bytes(8, "little") + changed[8:]
+        return changed
+
+    def input(self, rng, folder: Path) -> None:
+        for entry in folder.iterdir():
+            entry.unlink()
+        suffix, source = self.sources[rng.integers(len(self.sources))]
+        what = rng.random()
+        if suffix == ".npz":
+            data = self.broken_arrays(rng) if what < 0.6 else broken_bytes(rng, source)
+        elif what < 0.4:
+            data = self.broken_json(rng, source)
+        elif what < 0.7:  # within the header
+            end = source.index(b"end_header") + 11 if suffix == ".ply" else 8 + int.from_bytes(source[:8], "little")
+            data = broken_bytes(rng, source[:end]) + source[end:]
+        else:
+            data = broken_bytes(rng, source)
+        (folder / f"input{suffix}").write_bytes(data)
+
+    def use(self, folder: Path) -> None:
+        (path,) = folder.glob("input.*")
+        scene = self.load(path)
+        assert all(values.isfinite().all() for values in scene.parameters()), "a scene with numbers that are not finite"
+        with tempfile.TemporaryDirectory() as place:
+            again = self.load(scene.save(Path(place) / "again.safetensors"))
+        assert all((a == b).all() for a, b in zip(scene.parameters(), again.parameters())), "not as it was saved"
+
+
 # ── checkpoints ───────────────────────────────────────────────────────────────
 
 class Checkpoints:
@@ -388,11 +469,11 @@ class Commands:
     VALUES = ["0", "1", "2", "-1", "7", "3.5", "nan", "inf", "-inf", "1e30", "1e-30", "1000000000", "9" * 400, "", "x", "None", "true", "black", "white", "0,0.5,1",
               "5,5,5", "1,1", "nan,0,0", "#ff8800", "#ff", "weighted", "over", "additive", "l1", "l2", "l1_ssim", "cpu", "cuda", "mps", "meta", "auto", "draft", "good",
               "means=0", "fog=1", "means=", "=", "gradient", "error", "random", "exact", "content", "noisy", "cosine", "constant", "ü\n", "a\x1b[2J", "--", "-",
-              "scene.json", "photo.png", "nowhere/x.png", "pictures", ".", "..", "/dev/null", "x.png", "x.gif", "x.webm", "x.json", "x.doc", "out", "x" * 300]
+              "scene.json", "photo.png", "nowhere/x.png", "pictures", ".", "..", "/dev/null", "x.png", "x.gif", "x.webm", "x.json", "x.ply", "x.svg", "x.doc", "out", "x" * 300]
     # Options that bound the work come last, so that they hold.
     SMALL = {"fit": ["--steps", "2", "--n-gaussians", "9", "--max-side", "16"], "train": ["--steps", "2", "--n-gaussians", "9", "--height", "12", "--width", "14"],
-             "render": ["--width", "16", "--height", "12"], "info": [], "bench": ["--steps", "2", "--n-gaussians", "9", "--max-side", "16"]}
-    FIRST = {"fit": "photo.png", "train": None, "render": "scene.json", "info": "scene.json", "bench": "pictures"}
+             "render": ["--width", "16", "--height", "12"], "info": [], "convert": [], "bench": ["--steps", "2", "--n-gaussians", "9", "--max-side", "16"]}
+    FIRST = {"fit": "photo.png", "train": None, "render": "scene.json", "info": "scene.json", "convert": "scene.json", "bench": "pictures"}
 
     def __init__(self, folder: Path):
         sys.path.insert(0, str(HERE))
@@ -425,6 +506,8 @@ class Commands:
         arguments = [name]
         if self.FIRST[name] and rng.random() < 0.9:
             arguments.append(self.FIRST[name] if rng.random() < 0.85 else str(rng.choice(self.VALUES)))
+        if name == "convert":
+            arguments.append(str(rng.choice(["x.safetensors", "x.ply", "x.svg", "x.glsl", *self.VALUES])))
         for _ in range(rng.integers(0, 4) if self.options[name] else 0):
             option, is_flag = self.options[name][rng.integers(len(self.options[name]))]
             arguments += [option] if is_flag else [option, str(rng.choice(self.VALUES))]
@@ -464,7 +547,7 @@ class Kernels:
         self.one(self.rng)
 
 
-TARGETS = {"scenes": Scenes, "checkpoints": Checkpoints, "pictures": Pictures, "videos": Videos, "commands": Commands, "kernels": Kernels, "runs": Runs}
+TARGETS = {"scenes": Scenes, "checkpoints": Checkpoints, "pictures": Pictures, "videos": Videos, "commands": Commands, "kernels": Kernels, "runs": Runs, "formats": Formats}
 
 
 # ── a process that tries inputs ───────────────────────────────────────────────

@@ -32,7 +32,7 @@ from gs2d.io.runs import RunFolder
 from gs2d.loss import L1SSIMLoss, l1_loss, l2_loss
 from gs2d.train import TrainConfig, Trainer
 
-COMMANDS = ["fit", "bench", "train", "render", "info"]
+COMMANDS = ["fit", "bench", "train", "render", "info", "convert"]
 SIX = ["comparison.png", "history.csv", "metrics.json", "render.png", "scene.json", "target.png"]
 COMPLETE = sorted([*SIX, "run.json"])
 STOPPED = sorted([*COMPLETE, "checkpoint.safetensors"])
@@ -405,6 +405,29 @@ def test_a_run_that_diverges_is_one_line():
     assert json.loads(Path("out/run.json").read_text())["state"] == "failed"
 
 
+@pytest.mark.parametrize("suffix, said", [
+    (".json", ""), (".safetensors", ""), (".ply", ": viewers of 3D Gaussian Splatting draw it with the over blend"), (".svg", ": an approximation, made of gradients"), (".glsl", "")])
+def test_convert_writes_the_format_and_says_what_is_lost(suffix, said):
+    said_all = succeeds("convert", scene("from.json", height=20, width=40), f"to{suffix}").stdout
+    assert said_all == f"to{suffix}, 3 Gaussians, {Path(f'to{suffix}').stat().st_size:,} bytes{said}\n"
+    if suffix in (".json", ".safetensors", ".ply"):
+        for command in ("info", "render"):
+            succeeds(command, f"to{suffix}")
+        assert Image.open("to.png").size == (40, 20)
+        back = succeeds("convert", f"to{suffix}", "back.json")
+        assert back.stderr == "" and Path("back.json").read_bytes() == Path("from.json").read_bytes()
+
+
+@pytest.mark.parametrize("source, out, expected", [
+    ("scene.json", "x.npz", "not written"), ("scene.json", "x.obj", "suffix .json"), ("scene.json", "x.pt", "pickle"), ("scene.json", "no/x.ply", "folder"), ("scene.json", "scene.json", "reads"),
+    ("nowhere.json", "x.ply", "nowhere.json"), ("x.svg", "x.ply", "not read back"), ("model.pth.tar", "x.ply", "weights_only"), (".", "x.ply", "suffix"), ("text.ply", "x.json", "PLY file")])
+def test_what_cannot_be_converted(source, out, expected):
+    scene(), Path("text.ply").write_text("hello")
+    before = sorted(Path().iterdir())
+    assert expected in fails("convert", source, out)
+    assert sorted(Path().iterdir()) == before
+
+
 def broken_scene(change):
     document = json.loads(scene().read_text())
     change(document)
@@ -444,14 +467,14 @@ def test_options_of_render_that_make_no_sense(options, expected):
 
 
 @pytest.mark.parametrize("command, what", [
-    (["render", "scene.json"], "scene.png"), (["render", "scene.json", "--out", "photo.png"], "photo.png"),
+    (["render", "scene.json"], "scene.png"), (["convert", "scene.json", "scene.ply"], "scene.ply"), (["render", "scene.json", "--out", "photo.png"], "photo.png"),
     (["fit", "photo.png", *QUICK, "--out", "."], "target.png"), (["fit", "other.png", *QUICK, "--out", "."], "target.png"),
     (["fit", "photo.png", *QUICK, "--video", "film.gif", "--out", "new"], "film.gif"), (["train", *QUICK[:-1], "--out", "."], "target.png"),
     (["fit", "photo.png", *QUICK, "--video", "frames/", "--out", "new"], "frames"), (["bench", "pictures", "--out", "pictures"], "bench.csv"),
 ])
 def test_what_is_there_is_replaced_only_on_request(command, what):
     picture(), picture("other.png"), picture("target.png"), picture("scene.png"), scene()
-    Path("film.gif").write_bytes(b"a film")
+    Path("film.gif").write_bytes(b"a film"), Path("scene.ply").write_text("mine")
     for folder in ("frames", "pictures"):
         Path(folder).mkdir()
     picture("frames/frame_00000.png"), picture("pictures/a.png"), Path("pictures/bench.csv").write_text("mine")
@@ -467,11 +490,12 @@ def test_what_is_there_is_replaced_only_on_request(command, what):
 @pytest.mark.parametrize("command", [
     ["fit", "target.png", *QUICK, "--out", "."], ["fit", "./folder/../target.png", *QUICK, "--out", "."], ["fit", "link.png", *QUICK, "--out", "."],
     ["fit", "film.gif", *QUICK, "--video", "film.gif", "--out", "new"], ["render", "x.png.json", "--out", "x.png.json"],
+    ["convert", "x.png.json", "x.png.json"], ["convert", "x.png.json", "link.json"],
     ["bench", "pictures", "--out", "pictures", "--n-gaussians", 3, "--steps", 2],
 ])
 def test_an_input_is_never_replaced(command):
     picture("target.png"), picture("film.gif"), scene("x.png.json"), Path("folder").mkdir(), Path("pictures").mkdir()
-    os.symlink("target.png", "link.png")
+    os.symlink("target.png", "link.png"), os.symlink("x.png.json", "link.json")
     picture("pictures/bench.png")
     before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
     assert "which is what the command reads" in fails(*command, "--overwrite")

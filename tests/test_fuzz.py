@@ -6,7 +6,7 @@ import fuzz
 import pytest
 
 
-@pytest.mark.parametrize("target, count", [("scenes", 600), ("checkpoints", 250), ("pictures", 500), ("videos", 150), ("commands", 40), ("kernels", 100), ("runs", 500)])
+@pytest.mark.parametrize("target, count", [("scenes", 600), ("checkpoints", 250), ("pictures", 500), ("videos", 150), ("commands", 40), ("kernels", 100), ("runs", 500), ("formats", 800)])
 def test_strange_input_is_read_or_clearly_refused(tmp_path, target, count):
     if target == "kernels":
         pytest.importorskip("fuzz_kernels")

@@ -42,9 +42,10 @@ _BLENDS = {
     "weighted": (f"w = max(0.0, w - {KAPPA:.9f}) / {1 - KAPPA:.9f} * AT[k].z; sum += w * INK[k]; total += w;",
                  f"(sum + {EPSILON} * BACK) / (total + {EPSILON})"),
     "additive": ("sum += AT[k].z * w * INK[k];", "BACK + sum"),
-    "over": (f"w = min({MOST_OPAQUE}, AT[k].z * w); sum += light * w * INK[k]; light *= 1.0 - w;", "sum + light * BACK"),
+    "over": (f"w = min({MOST_OPAQUE}, AT[k].z * w); sum += light * w * INK[k]; light *= 1.0 - w;",
+             "sum + light * BACK"),
 }
-_TEXT = """// N = {n} Gaussians, blend {blend}, written by gs2d. Paste it into shadertoy.com: the picture fills the window.
+_TEXT = """// N = {n} Gaussians, blend {blend}, written by gs2d. Paste this into shadertoy.com.
 // AT: centre (0 to 1, y up) and opacity. UNIT: from there to standard deviations. INK: colour.
 const int N = {n};
 const vec3 BACK = {back};

@@ -10,8 +10,6 @@ import math
 from dataclasses import replace
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from .scene_glsl import EPSILON, KAPPA, MOST_OPAQUE, in_units, rgb_of
 from .scene_record import SceneRecord
@@ -78,11 +76,11 @@ def _layers(record: SceneRecord, colors: np.ndarray, geometry: tuple[np.ndarray,
 
 # %% ../../nbs/workshop/scene_svg.ipynb #text-code
 _HEAD = """<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}">
-<!-- An approximation of a scene of N = {n}, blend {blend}, written by gs2d: ellipses with gradients of {stops} stops -->
+<!-- An approximation of a scene of N = {n} Gaussians, blend {blend}: gradients of {stops} stops. Written by gs2d. -->
 <style>.add * {{ mix-blend-mode: plus-lighter }}</style>
 """
-_FILTER = """<filter id="{name}" color-interpolation-filters="sRGB" filterUnits="userSpaceOnUse" width="100%" height="100%" x="0" y="0">
-<feComponentTransfer>{each}</feComponentTransfer></filter>
+_FILTER = """<filter id="{name}" color-interpolation-filters="sRGB" filterUnits="userSpaceOnUse"
+ x="0" y="0" width="100%" height="100%"><feComponentTransfer>{each}</feComponentTransfer></filter>
 """
 
 
@@ -119,30 +117,33 @@ def _ellipses(layer: tuple, matrices: np.ndarray, name: str) -> str:
 def _sum(layers: list[str], most: float) -> str:
     "Positive ink, and then the negative one on the negative picture; both are written as parts of `most`."
     text = f'<g class="add">\n{layers[0]}</g>\n'
-    if layers[1]:
-        return _stretched(f'{_stretched(text, "negative", -1, 1)}<g class="add">\n{layers[1]}</g>\n', "back", -most, most)
-    return text if most == 1 else _stretched(text, "brighter", most, 0)
+    if not layers[1]:
+        return text if most == 1 else _stretched(text, "brighter", most, 0)
+    negative = f'{_stretched(text, "negative", -1, 1)}<g class="add">\n{layers[1]}</g>\n'
+    return _stretched(negative, "back", -most, most)
 
 
 def to_svg(record: SceneRecord) -> bytes:
     "An approximation of the scene: ellipses with radial gradients. ValueError for more than 20,000 Gaussians."
-    means, axes, whiten, seen = in_units(record)
+    *geometry, seen = in_units(record)
     if (n := int(seen.sum())) > MOST:
         raise ValueError(f"expected at most {MOST:,} Gaussians, for a browser draws each as a gradient, got {n:,}")
-    (width, height), colors, back = _size(record), rgb_of(record, ".svg")[seen].numpy(), np.array(record.background)
-    geometry = [part[seen].numpy() for part in (means, axes, whiten)]
+    colors, back = rgb_of(record, ".svg")[seen].numpy(), np.array(record.background)
+    record = replace(record, scales=record.scales[seen], opacities=record.opacities[seen])
+    means, axes, _ = geometry = [part[seen].numpy() for part in geometry]
+    (width, height), adds = _size(record), record.blend == "additive"
     to_pixels = np.array([width, -height])
-    matrices = [(geometry[1].transpose(0, 2, 1) * to_pixels * _CUT).reshape(-1, 4), geometry[0] * to_pixels + (0, height)]
-    adds = record.blend == "additive"
-    shown = replace(record, scales=record.scales[seen], opacities=record.opacities[seen])
+    columns = (_CUT * to_pixels * axes.transpose(0, 2, 1)).reshape(-1, 4)
+    matrices = np.concatenate([columns, means * to_pixels + (0, height)], 1)
     low, high = max(-1.0, colors.min(initial=0)), min(2.0, colors.max(initial=1))
     if adds:
-        ink = np.clip(colors, 0, None) * shown.opacities[:, None].numpy()
+        ink = np.clip(colors, 0, None) * record.opacities[:, None].numpy()
         low, high = 0.0, min(4.0, max(1.0, back.max() + _brightest(ink, *geometry)))
-    layers = [_ellipses(layer, np.concatenate(matrices, 1), name)
-              for name, layer in zip("gh", _layers(shown, (colors - low) / (high - low), geometry))]
+    drawn = _layers(record, (colors - low) / (high - low), geometry)
+    layers = [_ellipses(layer, matrices, name) for name, layer in zip("gh", drawn)]
     ground = _color(np.broadcast_to((back - low) / (high - low), 3))
     layers[0] = f'<rect width="{width}" height="{height}" fill="{ground}"/>\n{layers[0]}'
     stretch = (low, high) != (0, 1)
     body = _sum(layers, high) if adds else _stretched(layers[0], "range", high - low, low) if stretch else layers[0]
-    return (_HEAD.format(width=width, height=height, n=n, blend=record.blend, stops=STOPS) + body + "</svg>\n").encode()
+    head = _HEAD.format(width=width, height=height, n=n, blend=record.blend, stops=STOPS)
+    return f"{head}{body}</svg>\n".encode()

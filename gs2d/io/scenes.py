@@ -76,8 +76,8 @@ def read_scene(
 ) -> SceneRecord:
     """Read a scene file, as `write_scene` writes it, in the flat form of JSON, or of another program.
 
-    In JSON the flat keys x_dim, y_dim, N, alphas (opacity × colour), centers, sigmas and thetas suffice: such a file is an
-    additive scene with opacity 1. Raises FileNotFoundError, or ValueError saying what was expected and what came.
+    In JSON the flat keys x_dim, y_dim, N, alphas (opacity × colour), centers, sigmas and thetas suffice: such a file
+    is an additive scene with opacity 1. Raises FileNotFoundError, or ValueError saying what was expected and what came.
     """
     from_bytes = format_of(path).read
     if Path(path).is_dir():
