@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from .commands.fits import bench, fit, train
-from .commands.scenes import convert, info, render
+from .commands.scenes import convert, info, render, view
 from .commands.shared import Commands
 
 # %% ../nbs/workshop/cli.ipynb #app-code
@@ -43,6 +43,7 @@ def gs2d(
       gs2d fit photo.jpg --target-psnr 32      with as many as that takes
       gs2d bench photos                        measure a folder of pictures
       gs2d render gs2d-out/…/scene.json --width 2000
+      gs2d view gs2d-out/…/scene.json
       gs2d info gs2d-out/…/scene.json
       gs2d convert scene.json scene.ply        or .safetensors, .svg, .glsl
       gs2d train --n-gaussians 20 --init-level noisy
@@ -51,5 +52,5 @@ def gs2d(
         typer.echo(ctx.get_help())
 
 
-for command in (fit, bench, train, render, info, convert):
+for command in (fit, bench, train, render, info, convert, view):
     main.command()(command)

@@ -32,7 +32,7 @@ from gs2d.io.runs import RunFolder
 from gs2d.loss import L1SSIMLoss, l1_loss, l2_loss
 from gs2d.train import TrainConfig, Trainer
 
-COMMANDS = ["fit", "bench", "train", "render", "info", "convert"]
+COMMANDS = ["fit", "bench", "train", "render", "info", "convert", "view"]
 SIX = ["comparison.png", "history.csv", "metrics.json", "render.png", "scene.json", "target.png"]
 COMPLETE = sorted([*SIX, "run.json"])
 STOPPED = sorted([*COMPLETE, "checkpoint.safetensors"])
@@ -184,6 +184,38 @@ def test_fit_and_train_are_filmed():
                     ["train", "--steps", 3, "--n-gaussians", 3, "--height", 24, "--width", 32, "--video", "train.gif"]):
         assert command[-1] in succeeds(*command, "--quiet").stdout
         assert len(list(read_frames(command[-1]))) >= 2
+
+
+def test_a_replay_plays_in_the_browser_and_holds_where_the_run_arrived():
+    for command in (["fit", picture(), "--steps", 9, "--video", "fit.gif"], ["train", "--steps", 9, "--n-gaussians", 3, "--height", 24, "--width", 32]):
+        said = succeeds(*command, "-q", "--out", "out", "--overwrite", "--replay", "run.html").stdout
+        assert "the replay in run.html" in said and ("--video" not in command or "the video in fit.gif, the replay" in said)
+        page = Path("run.html").read_text()
+        assert [moment["step"] for moment in json.loads(re.search(r'id="gs2d-page">(.*?)</script>', page)[1])["moments"]] == list(range(10))
+        assert len(Gaussians2D.load("run.html")) == len(Gaussians2D.load("out/scene.json"))
+        Path("run.html").unlink()
+
+
+@pytest.mark.parametrize("name, expected", [("run.webm", "expected a path that ends in .html"), ("no/run.html", "folder"), ("taken.html", "--overwrite")])
+def test_a_replay_that_cannot_be_written_is_refused_before_training(name, expected, no_steps):
+    Path("taken.html").write_text("mine")
+    assert expected in fails("fit", picture(), *QUICK, "--replay", name) and Path("taken.html").read_text() == "mine"
+
+
+@pytest.mark.parametrize("starts", [True, False])
+def test_view_opens_a_page_in_the_browser(monkeypatch, starts):
+    opened = []
+    monkeypatch.setattr("webbrowser.open", lambda address: opened.append(address) or starts)
+    said = succeeds("view", scene("small.json", height=20, width=40)).stdout
+    path = Path(said.split(",")[0])
+    assert opened == [path.as_uri()] and len(Gaussians2D.load(path)) == 3 and ("no browser could be started" in said) != starts
+    succeeds("view", path)
+    assert opened[1:] == [path.as_uri()]  # a page is opened as it is
+    picture("seen.png")
+    succeeds("view", "small.json", "--target", "seen.png", "--out", "page.html", "--no-browser")
+    assert "data:image/png" in Path("page.html").read_text() and len(opened) == 2
+    assert "--overwrite" in fails("view", "small.json", "--out", "page.html") and "ends in .html" in fails("view", "small.json", "--out", "page.htm.gz")
+    assert "nowhere.json" in fails("view", "nowhere.json")
 
 
 def test_a_video_that_cannot_be_written_is_refused_before_training():

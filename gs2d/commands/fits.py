@@ -57,7 +57,11 @@ def _loss(name: str) -> str:
 # %% ../../nbs/workshop/cli_fits.ipynb #fit-work
 def _shown(options: dict, source: Path | None = None) -> dict[str, Path]:
     "What is to be made of the training, and where: there must be a place for it."
+    from gs2d.io.pages import page_path
+
     paths = {name: options[name] for name in ("video", "replay") if options[name] is not None}
+    if "replay" in paths:
+        page_path(paths["replay"])
     return {name: check_output(f"--{name}", path, options["overwrite"], source) for name, path in paths.items()}
 
 
