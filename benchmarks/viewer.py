@@ -5,19 +5,18 @@ one. Every frame has another view, and is waited for. Seconds are of this machin
 """
 
 import argparse
-import json
 import shutil
 import tempfile
 from pathlib import Path
 
 from playwright.sync_api import sync_playwright
-from run import HERE, machine, make_scene
+from run import machine, make_scene
 
-import sys  # noqa: E402  isort: skip
+from gs2d.io.pages import to_html
+from gs2d.io.scene_record import record_of
 
-sys.path.insert(0, str(HERE.parent / "tests"))
-from test_viewer_browser import FLAGS, html_of, page_of  # noqa: E402  isort: skip
-
+FLAGS = ["--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
+MOUNT = "JSON.parse(page));"  # how a page calls the viewer
 FRAMES = """async ([seconds, scale]) => {
   const times = [], start = performance.now(), byte = new Uint8Array(4), { gl } = gs2d.painter;
   for (let frame = 0; performance.now() < start + 1000 * seconds || frame < 4; frame++) {
@@ -58,10 +57,11 @@ def main():
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
         for n in options.gaussians:
             sigma = 0.7 * (width * height / n) ** 0.5  # so that they cover the picture as a fit of a photograph does
-            page, _ = page_of([make_scene(n, height, width, sigma)])
+            html = to_html(record_of(make_scene(n, height, width, sigma))).decode()
+            assert html.count(MOUNT) == 1
             for renderer, name in ("webgl2", "WebGL2, in software"), ("canvas", "plain canvas"):
-                html = html_of(page, json.dumps(dict(renderer=renderer, controls=False)))
-                fps = [1000 / measure(browser, html, options.size, options.seconds, scale) for scale in (1, 0.5)]
+                page = html.replace(MOUNT, f"JSON.parse(page), {{ renderer: '{renderer}', controls: false }});")
+                fps = [1000 / measure(browser, page, options.size, options.seconds, scale) for scale in (1, 0.5)]
                 print(f"| {n:,} | {sigma:.1f} | {name} | {fps[0]:.1f} | {fps[1]:.1f} |", flush=True)
         browser.close()
 

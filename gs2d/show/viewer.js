@@ -669,10 +669,10 @@ export class Viewer {
     const moving = this.playing || performance.now() < this.#movingUntil, last = this.#last;
     if (moving && last) { // the time from one frame to the next tells what one costs
       const took = time - last.time;
-      this.#scale = clamp(this.#scale * (took > 50 ? 0.8 : took < 25 ? 1.05 : 1), 0.25, 1);
+      this.#scale = clamp(this.#scale * clamp(Math.sqrt(33 / took), 0.5, 1.05), 0.25, 1);
       if (this.playing) this.#advance(Math.min(took, 200) / 1000);
     }
-    const scale = moving ? this.#scale : 1;
+    const scale = moving ? Math.ceil(8 * this.#scale) / 8 : 1;
     if (this.#changed || last?.scale < scale) {
       this.#changed = false;
       this.draw(scale);
@@ -805,7 +805,8 @@ class Controls {
     const hands = {
       wheel: (event) => this.#wheel(event), dblclick: (event) => viewer.zoomAt(2, event),
       pointerdown: (event) => this.#down(event), pointermove: (event) => this.#drag(event),
-      pointerup: (event) => this.#up(event), pointercancel: (event) => this.#up(event), pointerleave: () => viewer.hover(null) };
+      pointerup: (event) => this.#up(event), pointercancel: (event) => this.#up(event),
+      pointerleave: () => viewer.hover(null) };
     for (const [name, run] of Object.entries(hands)) over.addEventListener(name, run, { passive: false });
     document.addEventListener("keydown", this.keydown = (event) => this.#key(event));
 
@@ -1001,7 +1002,7 @@ class Controls {
   }
 }
 
-/** Puts a page into an element; resolves to its Viewer, once drawn. What goes wrong is said in the element, and thrown. */
+/** Puts a page into an element; resolves to its Viewer, once drawn. What fails is said in the element, and thrown. */
 export async function mount(root, page, options = {}) {
   let viewer = null;
   try {
