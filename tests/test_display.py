@@ -717,8 +717,9 @@ def test_keys_go_from_step_to_step_and_say_it(page, curves):
     expect(page.get_by_role("status")).to_have_text("step 59, loss 0.2763, PSNR 15.90 dB, learning rate 0.01, Gaussians 40")
     page.keyboard.press("Home")
     curves.set_run(run_of(70), 70)
+    before = charts.drawn()
     set_in(page, run=curves.run, x_max=curves.x_max)
-    page.wait_for_function("() => model.get('x_max') === 70")
+    page.wait_for_function("old => document.querySelector('canvas').toDataURL() !== old", arg=before[0])
     assert charts.step() == 0, "more steps do not move what is pointed at"
     page.keyboard.press("Escape")
     page.wait_for_function("() => document.querySelector('.gs2d-curves').dataset.step === '69'")
