@@ -244,7 +244,7 @@ class Gaussians2D(nn.Module):
     ) -> Page:
         "The scene to look around in: zoom, pan, point at a Gaussian. At the end of a cell it shows itself."
         size = (None, None) if target is None else target.shape[:2]
-        return Page(page_bytes(recording_of(record_of(self, *size), target)), height)
+        return Page(page_bytes(recording_of(record_of(self, *size), target)), height, still=_still(self))
 
     def _repr_png_(self) -> bytes:
         "The picture that Jupyter shows: the scene at thumbnail size, and its outlines."
@@ -321,11 +321,16 @@ def _preview(scene: Gaussians2D, rows: int, columns: int) -> Tensor:
 
 # %% ../nbs/00_gaussians.ipynb #thumbnail
 @torch.no_grad()
-def _thumbnail(scene: Gaussians2D, size: int = 144) -> bytes:
-    "PNG of the scene beside its outlines; the longer side of the picture has `size` pixels."
-    domain = scene.domain
-    columns, rows = (max(1, round(size * side / scene.extent)) for side in (domain.width, domain.height))
-    image = _preview(scene.clone().cpu().float(), rows, columns).nan_to_num()
+def _still(scene: Gaussians2D, size: int = 144) -> Tensor:
+    "(rows, columns, 3) the scene; the longer side of the picture has `size` pixels."
+    sides = scene.domain.width, scene.domain.height
+    columns, rows = (max(1, round(size * side / scene.extent)) for side in sides)
+    return _preview(scene.clone().cpu().float(), rows, columns).nan_to_num()
+
+
+def _thumbnail(scene: Gaussians2D) -> bytes:
+    "PNG of the scene beside its outlines."
+    domain, image = scene.domain, _still(scene)
     titles = f"{len(scene)} Gaussian{'s' * (len(scene) != 1)}", "outlines at 2σ"
     extent = *domain.x_dim, *domain.y_dim
     return png_beside(image, extent, lambda ax: draw_outlines(scene, ax, linewidths=0.8), titles)

@@ -1,6 +1,7 @@
 """Pages for the browser: what is rounded, who lives when, what a recorder keeps, and what a hostile page gets. The drawing is in test_viewer_browser."""
 import base64
 import dataclasses
+import io
 import json
 import re
 import zlib
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch.testing import assert_close
 
 import gs2d
@@ -120,8 +122,11 @@ def test_a_title_is_text():
 
 def test_a_page_shows_itself_in_a_frame_that_may_do_nothing_but_draw():
     shown = some_scene().show(height=300)._repr_html_()
-    assert re.match(r'<iframe title="[^"]+" width="100%" height="300"', shown) and 'sandbox="allow-scripts"' in shown
+    assert re.search(r'<iframe title="[^"]+" width="100%" height="300"', shown) and 'sandbox="allow-scripts"' in shown
     assert len(re.findall("</?iframe", shown)) == 2 and "<script" not in shown
+    still = re.search(r'<img alt="([^"]+)" src="data:image/jpeg;base64,([^"]+)"', shown)  # where frames are not shown
+    assert still[1] == "A scene of Gaussians to look around in, as a still picture"
+    assert Image.open(io.BytesIO(base64.b64decode(still[2]))).size == (144, 86)
 
 
 def test_every_page_weighs_at_most_100_kilobytes_before_its_data():

@@ -35,11 +35,13 @@ from .scene_record import BLENDS, SceneRecord, checked_record
 _LARGEST_PNG = 60_000  # bytes; a larger picture becomes a JPEG
 
 
-def _as_url(picture: Tensor) -> str:
-    "A picture (H, W, C) as text that HTML can hold: exact where that is small."
+def _as_url(picture: Tensor, longest: int | None = None) -> str:
+    "A picture (H, W, C) as text that HTML can hold, of at most so many pixels a side; exact where that is small, if no side is given."
     image, exact, small = to_pil(picture.detach().cpu()), io.BytesIO(), io.BytesIO()
+    if longest is not None:
+        image.thumbnail((longest, longest))
     image.save(exact, "PNG")
-    if len(exact.getvalue()) <= _LARGEST_PNG or image.mode not in ("RGB", "L"):
+    if len(exact.getvalue()) <= (_LARGEST_PNG if longest is None else 0) or image.mode not in ("RGB", "L"):
         return f"data:image/png;base64,{base64.b64encode(exact.getvalue()).decode()}"
     image.save(small, "JPEG", quality=90, subsampling=0)
     return f"data:image/jpeg;base64,{base64.b64encode(small.getvalue()).decode()}"
@@ -108,6 +110,9 @@ def to_html(record: SceneRecord) -> bytes:
     return page_bytes(recording_of(record))
 
 # %% ../../nbs/workshop/pages.ipynb #shown
+_STILL_SIDE = 320  # pixels of the longer side
+
+
 def page_path(path: str | os.PathLike) -> Path:
     "Where a page is to go. ValueError unless it ends in .html."
     if Path(path).suffix.lower() not in (".html", ".htm"):
@@ -123,17 +128,23 @@ class Page:
         data: bytes,  # HTML, as `page_bytes` gives it
         height: int = 560,  # of the frame, CSS pixels
         label: str = "A scene of Gaussians to look around in",  # of the frame, for those who cannot see it
+        still: Tensor | None = None,  # (H, W, C) the picture where frames are not shown: on GitHub, in untrusted notebooks
     ):
-        self.data, self.height, self.label = data, whole("height", height), label
+        self.data, self.height, self.label, self.still = data, whole("height", height), label, still
 
     def save(self, path: str | os.PathLike) -> Path:
         "Write the page; an existing file is replaced in one step."
         return atomic_write(page_path(path), self.data)
 
     def _repr_html_(self) -> str:
-        look = f'width="100%" height="{self.height}" style="border: 0" loading="lazy" sandbox="allow-scripts"'
         title, inside = html.escape(self.label), html.escape(self.data.decode())
-        return f'<iframe title="{title}" {look} srcdoc="{inside}"></iframe>'
+        look = f'width="100%" height="{self.height}" loading="lazy" sandbox="allow-scripts"'
+        if self.still is None:
+            return f'<iframe title="{title}" {look} style="border: 0" srcdoc="{inside}"></iframe>'
+        behind = f'<img alt="{title}, as a still picture" src="{_as_url(self.still, _STILL_SIDE)}"'
+        return (f'<div style="position: relative">{behind} style="height: {self.height}px; max-width: 100%">'
+                f'<iframe title="{title}" {look} style="border: 0; position: absolute; inset: 0" srcdoc="{inside}">'
+                "</iframe></div>")
 
     def __repr__(self) -> str:
         return f"Page({len(self.data):,} bytes)"

@@ -142,7 +142,10 @@ class Recorder:
 
     def show(self, height: int = 600) -> Page:
         "The training so far as a page to play and to look around in. At the end of a cell it shows itself."
-        return Page(page_bytes(self.recording()), height, "The training of a scene, to play")
+        recording = self.recording()
+        with torch.no_grad():
+            still = viewable(render(self._trainer.scene, recording.height, recording.width))
+        return Page(page_bytes(recording), height, "The training of a scene, to play", still)
 
     def _repr_html_(self) -> str | None:
         return self.show()._repr_html_() if len(self) else None
