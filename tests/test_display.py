@@ -574,6 +574,8 @@ def test_pointing_asks_for_a_gaussian_one_question_at_a_time(page, pictures):
     pictures.on_point(lambda x, y: None)
     show(page, pictures)
     seen = Pictures(page)
+    seen.answer(5, 12345)  # to a question of before the page was loaded again
+    expect(seen.card).to_be_hidden()
     seen.move(0.3, 0.6)
     first = seen.asked(1)
     near([first["x"], first["y"]], [0.3, 0.6])

@@ -191,7 +191,8 @@ function render({ model, el }) {
   };
 
   // --- the Gaussian at a point: one question on its way at a time -----------------------------------
-  let asked = 0, answered = 0, forgotten = 0, pinned = false, next = null, pause = 0, told = null, spotAt = [0, 0];
+  // Questions are numbered from the time on, so that answers to a page that was loaded again are not taken for ours.
+  let asked = Date.now(), answered = asked, forgotten = asked, pinned = false, next = null, pause = 0, told = null, spotAt = [0, 0];
 
   function ask(u, v, pin) {
     if (!model.get("pointing")) return;
