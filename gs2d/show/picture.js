@@ -191,7 +191,8 @@ function render({ model, el }) {
   };
 
   // --- the Gaussian at a point: one question on its way at a time -----------------------------------
-  let asked = 0, answered = 0, forgotten = 0, pinned = false, next = null, pause = 0, told = null, spotAt = [0, 0];
+  // Questions are numbered from the time on, so that answers to a page that was loaded again are not taken for ours.
+  let asked = Date.now(), answered = asked, forgotten = asked, pinned = false, next = null, pause = 0, told = null, spotAt = [0, 0];
 
   function ask(u, v, pin) {
     if (!model.get("pointing")) return;
@@ -255,7 +256,7 @@ function render({ model, el }) {
   });
 
   // --- gestures, on every picture --------------------------------------------------------------------
-  let meant = false; // whether the pointer was moved here, or the page was scrolled under it
+  let meant = false, rested = ""; // whether the pointer was moved since the page was scrolled under it
 
   function gestures(target) {
     const fingers = new Map();
@@ -275,7 +276,6 @@ function render({ model, el }) {
       from = { x, y, at: where(target, event) };
     });
     listen(target, "pointermove", (event) => {
-      meant = true;
       const at = where(target, event), before = fingers.get(event.pointerId);
       if (!before) {
         if (event.pointerType !== "touch" && event.target !== wipe && !pinned) ask(...at, false);
@@ -312,12 +312,16 @@ function render({ model, el }) {
       pinned && off < 9 ? forget() : ask(...at, true); // a click on the ring lets go
     });
     listen(target, "pointercancel", lift);
-    listen(target, "pointerleave", () => ((meant = false), pinned || forget()));
+    listen(target, "pointerleave", () => pinned || forget());
     listen(target, "dblclick", (event) => event.target === wipe || (whole(), forget()));
   }
 
   [stage, ...smalls.map((small) => small.stage)].forEach(gestures);
   listen(document, "scroll", () => (meant = false), { capture: true, passive: true });
+  listen(document, "pointermove", ({ screenX, screenY }) => { // a browser also tells of a page that moves under it
+    meant ||= `${screenX} ${screenY}` !== rested;
+    rested = `${screenX} ${screenY}`;
+  }, { capture: true, passive: true });
 
   listen(stage, "keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
