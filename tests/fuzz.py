@@ -188,6 +188,8 @@ class Formats:
         for suffix in (".safetensors", ".ply"):
             for n, channels, look in ((0, 3, {}), (1, 1, {}), (3, 3, dict(blend="over")), (2, 4, dict(blend="additive", background=(0.1, 0.2, 0.3, 0.4)))):
                 self.sources.append((suffix, make_scene(n, channels=channels, **look).save(folder / f"source{suffix}", 4, 5).read_bytes()))
+                page = make_scene(n, channels=channels, **look).save(folder / "source.html", 4, 5).read_bytes()
+                self.sources.append((".html", page[page.index(b'<script type="application/json"'):page.index(b"</script>") + 9]))
         self.arrays = dict(xyz=rng.uniform(-1, 1, (4, 2)), scaling=rng.uniform(1, 3, (4, 2)), rotation=rng.uniform(0, 6, (4, 1)), color=rng.random((4, 3)), resolution=np.array([6, 5]))
         for save in (np.savez, np.savez_compressed):
             save(folder / "source.npz", **self.arrays)
@@ -238,6 +240,10 @@ class Formats:
         what = rng.random()
         if suffix == ".npz":
             data = self.broken_arrays(rng) if what < 0.6 else broken_bytes(rng, source)
+        elif suffix == ".html":
+            start, end = source.index(b">") + 1, source.rindex(b"<")
+            header = text_of(rng, broken_document(rng, json.loads(source[start:end]))) if what < 0.7 else broken_bytes(rng, source[start:end])
+            data = source[:start] + header + source[end:]
         elif what < 0.4:
             data = self.broken_json(rng, source)
         elif what < 0.7:  # within the header

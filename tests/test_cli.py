@@ -209,8 +209,9 @@ def test_view_opens_a_page_in_the_browser(monkeypatch, starts):
     said = succeeds("view", scene("small.json", height=20, width=40)).stdout
     path = Path(said.split(",")[0])
     assert opened == [path.as_uri()] and len(Gaussians2D.load(path)) == 3 and ("no browser could be started" in said) != starts
-    succeeds("view", path)
-    assert opened[1:] == [path.as_uri()]  # a page is opened as it is
+    path.write_text(path.read_text().replace("<script type=\"module\">", "<script type=\"module\">alert(1);"))
+    again = Path(succeeds("view", path).stdout.split(",")[0])
+    assert opened[1:] == [again.as_uri()] and again != path and "alert(1)" not in again.read_text()  # the numbers of a page, not its script
     picture("seen.png")
     succeeds("view", "small.json", "--target", "seen.png", "--out", "page.html", "--no-browser")
     assert "data:image/png" in Path("page.html").read_text() and len(opened) == 2

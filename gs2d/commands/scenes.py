@@ -173,10 +173,8 @@ def view(
     if out is not None:
         check_output("--out", page_path(out), overwrite, scene, target)
     picture = None if target is None else load_picture(target)
-    record, path = read_scene(scene), scene
-    if scene.suffix.lower() != ".html" or out is not None or picture is not None:  # else it is a page already
-        page = Page(page_bytes(recording_of(record, picture, scene.stem)))
-        path = page.save(out or Path(tempfile.mkdtemp(prefix="gs2d-")) / f"{scene.stem}.html")
-    typer.echo(f"{path}, {path.stat().st_size:,} bytes")
+    page = Page(page_bytes(recording_of(read_scene(scene), picture, scene.stem)))
+    path = page.save(out or Path(tempfile.mkdtemp(prefix="gs2d-")) / f"{scene.stem}.html")
+    typer.echo(f"{path}, {len(page.data):,} bytes")
     if browser and not webbrowser.open(path.absolute().as_uri()):
         typer.echo("no browser could be started: open that file in one")
