@@ -3,6 +3,8 @@ in its middle they poll, with a deadline. Nothing here sleeps for a fixed time."
 import dataclasses
 import gc
 import io
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -95,17 +97,69 @@ def test_step_takes_one_and_ends_in_done_at_the_last():
     assert (session.trainer.steps_done, session.state) == (2, State.DONE)
     session.step()
     session.run()
-    assert (session.trainer.steps_done, session.state) == (2, State.DONE), "done allows neither"
+    assert (session.trainer.steps_done, session.state) == (2, State.DONE), "with no steps left, done allows neither"
 
 
-def test_stop_ends_the_thread_and_only_a_reset_goes_on():
+def test_stop_ends_the_thread_and_a_reset_starts_again():
     session = started()
     session.stop()
     assert session.state is State.DONE and not training_threads()
-    session.run()
-    assert session.state is State.DONE
     session.reset()
     assert (session.state, session.trainer.steps_done) == (State.IDLE, 0)
+
+
+def test_a_run_that_was_stopped_goes_on_where_it_stopped():
+    session = started()
+    session.stop()
+    steps = session.trainer.steps_done
+    session.step()
+    assert (session.state, session.trainer.steps_done) == (State.PAUSED, steps + 1)
+    session.stop()
+    session.run()
+    wait_for(lambda: session.trainer.steps_done > steps + 3)
+    assert session.trainer.history[steps].step == steps
+
+
+@pytest.mark.parametrize("how", ["change", "extend"])
+def test_a_finished_run_that_is_made_longer_goes_on(how):
+    session = LiveSession(TRUTH, change(n_iterations=5))
+    session.run()
+    assert session.wait(30) and session.state is State.DONE
+    scene = session.trainer.scene
+    if how == "change":
+        session.change(n_iterations=9)
+        session.run()
+    else:
+        session.extend(4)
+    assert session.wait(30) and (session.state, session.trainer.steps_done) == (State.DONE, 9)
+    assert session.trainer.scene is scene and [record.step for record in session.trainer.history] == list(range(9))
+
+
+def test_a_run_by_the_clock_is_made_longer_in_steps():
+    session = LiveSession(TRUTH, change(seconds=1e-3))
+    session.run()
+    assert session.wait(30) and session.state is State.DONE
+    steps = session.trainer.steps_done
+    session.extend(7)
+    assert session.wait(30) and (session.state, session.trainer.steps_done) == (State.DONE, steps + 7)
+
+
+@pytest.mark.parametrize("call", ["run", "step"])
+def test_a_learning_rate_that_is_too_large_fails_and_a_lower_one_goes_on(call):
+    session = started()
+    session.change(lr=1e38)
+    assert session.wait(30) and session.state is State.FAILED and isinstance(session.error, FloatingPointError)
+    steps = session.trainer.steps_done
+    assert all(parameter.isfinite().all() for parameter in session.trainer.scene.parameters())
+    assert not session.allows("run") and "Lower the learning rate" in session.advice
+    getattr(session, call)()
+    assert session.state is State.FAILED and session.trainer.steps_done == steps, "with the same rate it would fail again"
+    session.change(lr=1e-3)
+    assert session.allows(call) and "go on" in session.advice
+    getattr(session, call)()
+    wait_for(lambda: session.trainer.steps_done > steps)
+    assert session.error is None and session.state is not State.FAILED and session.advice == ""
+    assert [record.step for record in list(session.trainer.history)[:steps + 1]] == list(range(steps + 1))
 
 
 def test_stop_from_paused_is_done_and_every_call_in_every_state_ends_in_a_known_state():
@@ -157,9 +211,14 @@ def test_an_error_in_a_step_becomes_the_state_and_a_reset_recovers():
     session.change(loss=broken)
     assert session.wait(30) and session.state is State.FAILED and not training_threads()
     assert str(session.error) == "no loss today"
+    session.run()
+    assert session.state is State.FAILED and "Change a setting" in session.advice
     session.change(loss=L1SSIMLoss())
+    steps = session.trainer.steps_done
+    session.step()
+    assert (session.state, session.trainer.steps_done, session.error) == (State.PAUSED, steps + 1, None)
     session.reset()
-    assert session.state is State.IDLE and session.error is None
+    assert session.state is State.IDLE
     session.step()
     assert session.trainer.steps_done == 1
 
@@ -169,6 +228,8 @@ def test_a_start_that_is_impossible_fails_in_words():
     session.change(init_level="exact", n_gaussians=7)
     session.reset()
     assert session.state is State.FAILED and "expected the truth's own 6" in str(session.error)
+    session.change(lr=1e-4)
+    assert not session.allows("run") and "Reset" in session.advice, "the trainer is that of another configuration"
 
 
 def test_ask_sees_the_trainer_at_rest():
@@ -203,6 +264,21 @@ def test_in_the_foreground_run_returns_at_the_end_and_an_interrupt_pauses():
     assert (session.state, session.trainer.steps_done) == (State.PAUSED, 3)
     session.step()
     assert session.trainer.steps_done == 4
+
+
+def test_a_program_that_ends_while_a_session_trains_ends_without_an_error():
+    program = """
+import time
+from gs2d.ground_truth import GroundTruth
+from gs2d.show.session import LiveSession
+from gs2d.train import TrainConfig
+session = LiveSession(GroundTruth.random(30, 96, 128, seed=1), TrainConfig(n_gaussians=30, n_iterations=10**6, device="cpu"))
+session.run()
+while session.trainer.steps_done < 20:
+    time.sleep(0.01)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "terminate" not in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
 # ── at rest: nobody trains, nobody draws ──
@@ -249,6 +325,25 @@ def test_wait_says_whether_the_run_has_come_to_rest():
     session.run()
     assert not session.wait(0)
     assert session.wait(30) and session.state is State.DONE and watch.seen[-1] == (State.DONE, 5) and not training_threads()
+
+
+def test_a_reset_as_the_run_ends_waits_for_the_last_drawing():
+    drawing, drawn, met = threading.Event(), threading.Event(), threading.Event()
+
+    def watch():
+        if drawing.is_set() and not drawn.is_set():
+            met.set()
+        elif session.state is State.DONE:
+            drawing.set()
+            met.wait(0.3)  # a second thread that draws would come now
+            drawn.set()
+        seen.append((session.state, session.trainer.steps_done))
+
+    seen, session = [], LiveSession(TRUTH, change(n_iterations=5), watch)
+    session.run()
+    assert drawing.wait(30)
+    session.reset()
+    assert not met.is_set() and drawn.is_set() and seen[-2:] == [(State.DONE, 5), (State.IDLE, 0)]
 
 
 def test_a_run_that_starts_while_the_last_one_is_drawn_for_the_last_time_waits_for_it():
@@ -399,7 +494,7 @@ def test_buttons_run_pause_step_reset_and_stop(live):
     assert live.trainer.steps_done == 0 and "idle" in live.words.value
     click(live, "step")
     click(live, "stop")
-    assert "done" in live.words.value and enabled(live) == {"reset"}
+    assert "done" in live.words.value and enabled(live) == {"run", "step", "reset"}
 
 
 def test_the_picture_and_the_curves_change_while_it_runs_and_the_last_one_is_exact(live):

@@ -26,7 +26,7 @@ from ..io.pictures import save_picture
 from ..renderer import render
 from .controls import Settings, button, close_all, column, row, says
 from .film import VideoRecorder
-from .session import ALLOWED, LiveSession, State, pause_all
+from .session import LiveSession, State, pause_all
 from .views import LEGENDS, Curves, View, draw_view, encode
 from ..train import TrainConfig, Trainer, TrainResult
 
@@ -124,7 +124,7 @@ class Screen:
         state, run = self.session.state, self.buttons["run"]
         run.description, run.icon = ("Pause", "pause") if state is State.RUNNING else ("Run", "play")
         for name in ("run", "step", "stop"):
-            self.buttons[name].disabled = not ALLOWED[state] & ({"run", "pause"} if name == "run" else {name})
+            self.buttons[name].disabled = not any(map(self.session.allows, ("run", "pause") if name == "run" else (name,)))
         span = '<span style="display: inline-block; margin-right: 1.5em">{}</span>'
         self.words.value = "".join(map(span.format, self._parts(state)))
 
@@ -140,7 +140,7 @@ class Screen:
         parts.append(f"{len(trainer.scene):,} Gaussians")
         if trainer.history:
             parts += [f"loss {trainer.history[-1].loss:.4f}", f"PSNR {trainer.history[-1].psnr:.2f} dB"]
-        return parts + ([says(self.session.error)] if state is State.FAILED else [])
+        return parts + ([says(self.session.error), self.session.advice] if state is State.FAILED else [])
 
 # %% ../../nbs/08_live.ipynb #panel-save
 class Film:
