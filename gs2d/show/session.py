@@ -134,16 +134,16 @@ class LiveSession:
                 self.state = State.DONE
                 self.watch()
 
-    def reset(self, ground_truth: GroundTruth | None = None) -> None:
-        "Start again with the configuration as it is, and another picture if one is given. If it was running, it runs."
+    def reset(self, ground_truth: GroundTruth | None = None, config: TrainConfig | None = None) -> None:
+        "Start again, with another picture or configuration if they are given. If it was running, it runs."
         if self._is_worker():  # which cannot wait for itself: somebody else does
-            threading.Thread(target=self.reset, args=(ground_truth,), daemon=True).start()
+            threading.Thread(target=self.reset, args=(ground_truth, config), daemon=True).start()
             return
         with self._rest:
             was_running = self.state is State.RUNNING
             while not self._halt(State.PAUSED):
                 pass
-            self.ground_truth = ground_truth or self.ground_truth
+            self.ground_truth, self.config = ground_truth or self.ground_truth, config or self.config
             try:
                 self.trainer = make_trainer(self.config, ground_truth=self.ground_truth)
                 self.state, self.error = State.IDLE, None
