@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEGENDS', 'ERROR_FULL_SCALE', 'SHOWN_SIDE', 'overlay_outlines', 'View', 'draw_view', 'draw_caption', 'draw_curve',
-           'add_strips', 'Curves', 'encode']
+           'add_strips', 'Curves', 'encode', 'parts_at', 'gaussian_at']
 
 # %% ../../nbs/workshop/views.ipynb #export-imports
 # Views are (H, W, 3) uint8, RGB, row 0 on top. They are made from tensors; nothing here knows a trainer, or a widget.
@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..checks import member
-from ..gaussians import Gaussians2D, rgb
+from ..gaussians import MAX_ALPHA, WEIGHT_EPS, Gaussians2D, conics, gaussian_weights, rgb, rotation_matrices
 from ..io.pictures import to_pil
 from ..renderer import Blend, project, rasterize
 from ..results import error_map
@@ -296,3 +296,46 @@ def encode(
 
     options = [cv2.IMWRITE_JPEG_QUALITY, 85] if suffix == ".jpg" else []
     return cv2.imencode(suffix, pixels[..., ::-1], options)[1].tobytes()  # OpenCV counts blue, green, red
+
+# %% ../../nbs/workshop/views.ipynb #point-parts
+def parts_at(
+    scene: Gaussians2D,
+    x: float,  # in [0, 1], from the left edge of the picture
+    y: float,  # in [0, 1], from the top
+) -> Tensor:  # (N,) not negative
+    "The part that each Gaussian has in the colour at a point: opacity times weight, and in OVER times the light left."
+    domain = scene.domain
+    point = scene.means.new_tensor([[domain.x_dim[0] + x * domain.width, domain.y_dim[1] - y * domain.height]])
+    weights = gaussian_weights(scene.means, conics(scene.scales, scene.rotations), point, scene.blend.floor)[0]
+    drawn = scene.colors.isfinite().all(-1) & weights.isfinite()
+    parts = torch.where(drawn, weights * scene.opacities, 0.0)
+    if scene.blend is not Blend.OVER:
+        return parts
+    alphas = parts.clamp(max=MAX_ALPHA)
+    return alphas * torch.cat([alphas.new_ones(1), torch.cumprod(1 - alphas, 0)[:-1]])
+
+# %% ../../nbs/workshop/views.ipynb #point-real
+@torch.no_grad()
+def gaussian_at(
+    scene: Gaussians2D,
+    x: float,  # in [0, 1], from the left edge of the picture
+    y: float,  # in [0, 1], from the top
+) -> dict | None:  # index, outline, rows, color; None where no Gaussian reaches
+    "The Gaussian that has the largest part in the colour at a point, described for a person."
+    parts = parts_at(scene, x, y)
+    if not len(scene) or not parts.max() > 0:
+        return None
+    index = int(parts.argmax())
+    mean, scales, color = scene.means[index].cpu(), scene.scales[index].cpu(), scene.colors[index].cpu()
+    turn, domain = torch.linspace(0, 2 * math.pi, 49)[:-1], scene.domain
+    circle = 2 * scales[:, None] * torch.stack([turn.cos(), turn.sin()])
+    along, up = mean[:, None] + rotation_matrices(scene.rotations[index:index + 1].cpu())[0] @ circle
+    outline = torch.stack([(along - domain.x_dim[0]) / domain.width, (domain.y_dim[1] - up) / domain.height], -1)
+    share = parts[index] / (parts.sum() + WEIGHT_EPS) if scene.blend is Blend.WEIGHTED else parts[index]
+    angle = math.degrees(scene.rotations[index].item()) % 180  # an ellipse looks the same after half a turn
+    rows = dict(centre=f"{mean[0]:.2f}, {mean[1]:.2f}", size=f"{scales[0]:.2g} × {scales[1]:.2g}", turned=f"{angle:.0f}°",
+                opacity=f"{scene.opacities[index]:.2f}", colour=", ".join(f"{ink:.2f}" for ink in color.tolist()))
+    part = {Blend.ADDITIVE: "opacity × weight"}.get(scene.blend, "share of the colour")
+    seen = (rgb(color[None]).clamp(0, 1)[0] * 255).round().int().tolist()
+    return dict(index=index, outline=outline.tolist(), color="#%02x%02x%02x" % tuple(seen),
+                rows=[*map(list, rows.items()), [part + " here", f"{share:.0%}"]])
