@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import ipywidgets as widgets
 
 from ..ground_truth import GroundTruth
-from .controls import Settings, column
+from .controls import Settings, column, text
 from .presets import PRESETS, SAMPLES, preset_names, suited
 
 # %% ../../nbs/workshop/choices.ipynb #names
@@ -58,7 +58,7 @@ class Choices:
         self.upload = widgets.FileUpload(
             accept="image/*", description="Your picture", layout=widgets.Layout(width="150px"),
             tooltip="Fit a photograph of your own")
-        self.group = column(widgets.HTML("<b>What to fit, from the start</b>"), self.picture, self.preset, self.upload)
+        self.group = column(text("<b>What to fit, from the start</b>"), self.picture, self.preset, self.upload)
         self._quiet = False
 
     def connect(

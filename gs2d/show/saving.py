@@ -15,7 +15,7 @@ from pathlib import Path
 import ipywidgets as widgets
 
 from ..io.pictures import save_picture
-from .controls import button, says
+from .controls import button, says, text
 from .film import VideoRecorder, play
 from .session import LiveSession, State
 
@@ -56,7 +56,7 @@ class Film:
         self.session, self._path, self._attempt, self._recorder = session, path, attempt, None
         tip = "Record from here on; press again to save and play"
         self.button = button("Video", "circle", tip, widgets.ToggleButton)
-        self.player = widgets.HTML()
+        self.player = text()
         self.button.observe(lambda change: attempt(self.start if change.new else self.finish), "value")
 
     def start(self) -> str:
