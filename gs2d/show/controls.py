@@ -48,7 +48,7 @@ def text(value: str = "") -> widgets.HTML:
 
 def button(description: str, icon: str, tooltip: str, kind: type = widgets.Button) -> widgets.Widget:
     "A button of the size that all of them have."
-    return kind(description=description, icon=icon, tooltip=tooltip, layout=widgets.Layout(width="auto", min_width="86px"))
+    return kind(description=description, icon=icon, tooltip=tooltip, layout=widgets.Layout(width="auto", min_width="76px"))
 
 
 def close_all(widget: widgets.Widget) -> None:

@@ -264,10 +264,10 @@ class LiveTrainer:
 
     def _arranged(self) -> widgets.VBox:
         "All the widgets, in rows that wrap where the window is narrow."
-        save = widgets.HBox([*self.files.buttons.values(), self.video], layout=widgets.Layout(flex="0 0 auto"))
+        save = widgets.HBox([*self.files.buttons.values(), self.video], layout=widgets.Layout(max_width="100%"))
         picture, curves = column(self.picture, basis="420px", widest="860px"), column(self.curves, basis="320px", widest="560px")
         return widgets.VBox([
-            row(widgets.HBox([*self.screen.buttons.values()]), save), self.words, row(picture, curves), self.message,
+            row(*self.screen.buttons.values(), save), self.words, row(picture, curves), self.message,
             self.files.film.player, row(self.choices.group, *self.settings.groups), self.screen.table, Labels()])
 
     def _connect(self) -> None:
