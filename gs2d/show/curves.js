@@ -2,17 +2,17 @@
 // this text when Python puts the module together. One index, `at`, is the step that all charts and numbers are about.
 
 const number = new Intl.NumberFormat("en");
-const short = (value) => Number(value.toPrecision(2)).toString().replace(/^0\./, ".");
-const rate = (value) => (value >= 0.001 ? Number(value.toPrecision(2)).toString() : value.toExponential(0).replace("e-", "e−"));
+const short = (value) => (value >= 0.001 || value === 0 ? `${Number(value.toPrecision(2))}` : value.toExponential(0).replace("-", "−"));
 const count = (value) => (value >= 10000 ? `${Number((value / 1000).toPrecision(3))}k` : number.format(value));
 
 const LINES = { // row of the table, name, how its value reads, and how its axis does
   loss: { row: 1, name: "loss", says: (value) => (value >= 0.001 ? value.toFixed(4) : value.toExponential(1)), axis: short },
   psnr: { row: 2, name: "PSNR", says: (value) => (value > 1e30 ? "∞ dB" : `${value.toFixed(2)} dB`), axis: (value) => `${value}` },
-  lr: { row: 3, name: "learning rate", says: (value) => Number(value.toPrecision(3)).toString(), axis: rate },
+  lr: { row: 3, name: "learning rate", says: (value) => Number(value.toPrecision(3)).toString(), axis: short },
   count: { row: 4, name: "Gaussians", says: (value) => number.format(value), axis: count },
 };
 const CHARTS = [{ lines: ["loss"], height: 150 }, { lines: ["psnr"], height: 150 }, { lines: ["lr", "count"], height: 112, steps: true }];
+const WHOLE = [0, 1, 2, 3, 4, 5, 6, 7].flatMap((power) => [1, 2, 5].map((digit) => digit * 10 ** power)); // from tick to tick
 const ROWS = 5, LEFT = 46, RIGHT = 44; // rows of a table, pixels beside a chart
 
 function make(tag, options = {}, ...children) {
@@ -58,7 +58,10 @@ function render({ model, el }) {
   // --- the elements --------------------------------------------------------------------------------
   const step = make("span", { className: "gs2d-step" });
   const log = make("input", { type: "checkbox" });
-  const bar = make("div", { className: "gs2d-bar" }, step, make("label", {}, log, "loss on a log scale"));
+  const ghostKey = make("span", {}, make("i", { className: "gs2d-ghost" }), "the run before");
+  const growthKey = make("span", {}, make("i", { className: "gs2d-grew" }), "growth");
+  const bar = make("div", { className: "gs2d-bar" }, step, make("span", { className: "gs2d-key" }, ghostKey, growthKey),
+    make("label", {}, log, "loss on a log scale"));
   const empty = make("p", { className: "gs2d-none", textContent: "The curves begin with the second step." });
   const shown = {}; // name of a line -> where its value, and that of the run before, stand
   const charts = CHARTS.map((chart) => {
@@ -71,11 +74,8 @@ function render({ model, el }) {
     const place = make("div", { role: "img" });
     return { ...chart, place, figure: make("figure", { className: "gs2d-chart" }, names, place), plot: null };
   });
-  const ghostKey = make("span", {}, make("i", { className: "gs2d-ghost" }), "the run before");
-  const growthKey = make("span", {}, make("i", { className: "gs2d-grew" }), "growth");
-  const key = make("div", { className: "gs2d-key" }, ghostKey, growthKey);
   const body = make("div", { tabIndex: 0, role: "group", ariaLabel: "Curves. Left and right arrows go from step to step" },
-    ...charts.map((chart) => chart.figure), key);
+    ...charts.map((chart) => chart.figure));
   const said = make("div", { className: "gs2d-unseen", role: "status" });
   const root = make("div", { className: "gs2d-live gs2d-curves" }, bar, empty, body, said);
   root.setAttribute("data-lm-suppress-shortcuts", "true");
@@ -117,14 +117,14 @@ function render({ model, el }) {
     const axes = [], scales = { x: { time: false, range: () => [0, Math.max(model.get("x_max"), 1)] } }, series = [{}];
     const line = { stroke: ink, font: `11px ${getComputedStyle(root).fontFamily}`, ticks: { show: false } };
     const grid = { stroke: () => veil(ink(), 0.18), width: 1 };
-    axes.push({ ...line, grid, show: true, size: chart.steps ? 24 : 6, gap: 4, space: 70, incrs: [1, 2, 5].flatMap((d) => [0, 1, 2, 3, 4, 5, 6, 7].map((p) => d * 10 ** p)).sort((a, b) => a - b),
+    axes.push({ ...line, grid, size: chart.steps ? 24 : 6, gap: 4, space: 70, incrs: WHOLE,
       values: (u, steps) => steps.map((value) => (chart.steps ? number.format(value) : "")) });
     chart.lines.forEach((name, k) => {
       const logarithmic = name === "loss" && model.get("log"), color = () => colorOf(shown[name].mark);
       scales[name] = { distr: logarithmic ? 3 : 1, range: range(logarithmic) };
       axes.push({ ...line, scale: name, side: k ? 1 : 3, size: k ? RIGHT : LEFT, gap: 6, space: 30, grid: k ? { show: false } : grid,
         stroke: chart.lines.length > 1 ? color : ink,
-        ...(name === "count" ? { incrs: [1, 2, 5].flatMap((d) => [0, 1, 2, 3, 4, 5, 6].map((p) => d * 10 ** p)).sort((a, b) => a - b) } : {}),
+        ...(name === "count" ? { incrs: WHOLE } : {}),
         ...(logarithmic ? { splits: (u, axis, low, high) => decades(low, high), filter: (u, splits) => splits } : {}),
         values: (u, values) => values.map((value) => (value == null ? "" : LINES[name].axis(value))) });
       const paths = name === "count" ? uPlot.paths.stepped({ align: 1 }) : undefined;

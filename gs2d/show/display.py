@@ -67,10 +67,9 @@ class PictureView(anywidget.AnyWidget):
     @property
     def needed(self) -> tuple[str, ...]:
         "The pictures on view, by name; the target, which does not change, is not among them."
-        names = [self.view] + {"beside": ["render", "error"], "wipe": ["render"], "none": []}[self.compare]
-        if self.compare == "beside" and self.view not in ("error", "target"):
-            names.remove("render")  # three pictures: the large one, the target and the error
-        return tuple(name for name in dict.fromkeys(names) if name != "target")
+        others = [name for name in ("render", "target", "error") if name != self.view]
+        beside = {"beside": others[-2:], "wipe": others[:1] if self.view == "target" else [], "none": []}[self.compare]
+        return tuple(name for name in (self.view, *beside) if name != "target")
 
     def set_frame(
         self,
@@ -154,10 +153,9 @@ def _says(table: np.ndarray) -> str:
     "The curves in words."
     if table.shape[1] == 0:
         return "No steps yet"
-    first, last = table[:, 0], table[:, -1]
-    score = "endless" if last[2] > 1e38 else f"{last[2]:.1f} dB"
-    return (f"{last[0] + 1:,.0f} steps: loss from {first[1]:.4g} to {last[1]:.4g}, PSNR from {first[2]:.1f} dB to {score}, "
-            f"Gaussians from {first[4]:,.0f} to {last[4]:,.0f}")
+    first, last = np.where(np.abs(table) < 1e38, table, np.copysign(np.inf, table))[:, [0, -1]].T
+    return (f"{last[0] + 1:,.0f} steps: loss from {first[1]:.4g} to {last[1]:.4g}, PSNR from {first[2]:.1f} dB "
+            f"to {last[2]:.1f} dB, Gaussians from {first[4]:,.0f} to {last[4]:,.0f}")
 
 # %% ../../nbs/workshop/display.ipynb #curves-class
 class CurvesView(anywidget.AnyWidget):

@@ -43,11 +43,12 @@ function render({ model, el }) {
   // --- the elements ------------------------------------------------------------------------------
   const picture = () => make("img", { decoding: "sync", draggable: false });
   const spot = () => make("div", { className: "gs2d-spot", hidden: true });
-  const view = make("select", {}, ...Object.entries(labels).map(([value, label]) => new Option(label, value)));
+  const view = make("select", { ariaLabel: "Show" }, ...Object.entries(labels).map(([value, label]) => new Option(label, value)));
   const group = `gs2d-${Math.random().toString(36).slice(2)}`;
-  const choices = Object.entries({ beside: "beside", wipe: "wipe", none: "not at all" }).map(([value, label]) => {
+  const choices = Object.entries({ beside: "beside", wipe: "wipe", none: "alone" }).map(([value, label]) => {
     const input = make("input", { type: "radio", name: group, value });
-    return { input, label: make("label", {}, input, label) };
+    const title = { beside: "Target and error beside it", wipe: "A line to drag between it and the target", none: "Only this picture" }[value];
+    return { input, label: make("label", { title }, input, label) };
   });
   const compare = make("fieldset", { className: "gs2d-choice" },
     make("legend", { className: "gs2d-unseen", textContent: "Compare with the target" }), ...choices.map((choice) => choice.label));
@@ -226,7 +227,7 @@ function render({ model, el }) {
     swatch.style.background = gaussian.color;
     const rows = gaussian.rows.flatMap(([name, value]) => [make("dt", { textContent: name }), make("dd", { textContent: value })]);
     card.replaceChildren(make("b", {}, swatch, `Gaussian ${gaussian.index}`), make("dl", {}, ...rows),
-      ...(pinned ? [make("small", { textContent: "pinned: Escape lets go" })] : []));
+      ...(pinned ? [make("small", { textContent: "pinned; Escape lets go" })] : []));
     const left = x + zoom * spotAt[0] < 0.5; // the card stands at the other side
     card.classList.toggle("gs2d-far", left);
     card.classList.toggle("gs2d-left", !left);
