@@ -145,7 +145,7 @@ class Lesson:
 
     def picture(self) -> str:
         "The pixels that are on the screen."
-        return self.panel.locator("img").first.evaluate("""image => {
+        return self.panel.locator(".gs2d-stage img").first.evaluate("""image => {
             const canvas = Object.assign(document.createElement('canvas'), {width: 64, height: 48});
             canvas.getContext('2d').drawImage(image, 0, 0, 64, 48);
             return image.complete && image.naturalWidth ? canvas.toDataURL() : '';
@@ -265,13 +265,18 @@ def test_an_interrupted_cell_leaves_nothing_running_unseen(running):
     assert running.probe()["threads"] == 0
 
 
-@pytest.mark.parametrize("width", [600, 1400])
-def test_nothing_is_clipped(running, width):
+@pytest.mark.parametrize("width", [600, 1000, 1400])
+def test_nothing_is_clipped_and_the_save_buttons_stay_together(running, width):
     running.page.set_viewport_size({"width": width, "height": 1000})
     outside = """panel => {
         const box = panel.getBoundingClientRect();
+        const saves = ['Scene', 'Image', 'Video'].map(name => [...panel.querySelectorAll('button')].find(e => e.innerText.includes(name)));
+        const tops = new Set(saves.map(e => Math.round(e.getBoundingClientRect().top)));
+        const cut = [...panel.querySelectorAll('button, .widget-label')].filter(e => e.offsetParent && e.scrollWidth > e.clientWidth + 1);
         return [...panel.querySelectorAll('button, select, input, img, label, .noUi-target, .widget-readout')]
-            .filter(e => e.offsetParent && (e.getBoundingClientRect().right > box.right + 1 || e.getBoundingClientRect().left < box.left - 1))
+            .filter(e => e.offsetParent && !e.closest('.gs2d-stage') && !e.closest('.gs2d-unseen'))
+            .filter(e => e.getBoundingClientRect().right > box.right + 1 || e.getBoundingClientRect().left < box.left - 1)
+            .concat(tops.size > 1 ? saves : [], cut)
             .map(e => e.outerHTML.slice(0, 80))
             .concat(panel.scrollWidth > panel.clientWidth + 1 ? ['it scrolls sideways'] : []);
     }"""
@@ -281,6 +286,40 @@ def test_nothing_is_clipped(running, width):
         wait_for(lambda: running.step() > 300, "something to see")
         running.page.screenshot(path=f"{folder}/live-{width}.png")
         running.panel.screenshot(path=f"{folder}/live-panel-{width}.png")
+
+
+def test_everything_has_a_name_and_no_title_says_null(running):
+    panel = running.panel
+    assert panel.locator("[title='null']").count() == 0
+    wait_for(lambda: None not in panel.locator(".noUi-handle").evaluate_all("all => all.map(e => e.getAttribute('aria-label'))"), "names on the sliders")
+    assert "learning rate" in panel.locator(".noUi-handle").evaluate_all("all => all.map(e => e.getAttribute('aria-label'))")
+    unnamed = """panel => [...panel.querySelectorAll('img, input, select, button, progress, [role=slider]')].filter(e => e.offsetParent).filter(e =>
+        !(e.alt || e.getAttribute('aria-label') || e.title || e.innerText?.trim() || e.labels?.length || e.closest('label'))).map(e => e.outerHTML.slice(0, 120))"""
+    assert panel.evaluate(unnamed) == []
+
+
+def test_target_and_error_are_beside_the_render_which_stays_large(running):
+    running.page.set_viewport_size({"width": 1400, "height": 1000})
+    pictures = running.panel.locator(".gs2d-stage img")
+    wait_for(lambda: pictures.evaluate_all("all => all.filter(e => e.offsetParent && e.naturalWidth).length") == 3, "three pictures")
+    names = pictures.evaluate_all("all => all.filter(e => e.offsetParent).map(e => e.alt.split(':')[0])")
+    widths = pictures.evaluate_all("all => all.filter(e => e.offsetParent).map(e => e.getBoundingClientRect().width)")
+    assert names == ["render", "target", "error map"] and widths[0] > 1.5 * widths[1]
+
+
+def test_a_video_plays_inside_the_panel_and_can_be_downloaded(running):
+    running.click("Video")
+    before = running.step()
+    wait_for(lambda: running.step() > before + 50, "something to film")
+    running.click("Video")
+    video = running.panel.locator("video")
+    video.wait_for()
+    wait_for(lambda: video.evaluate("video => video.readyState >= 1 && video.duration > 0"), "a video that plays")
+    link = running.panel.locator("a[download$='.webm']")
+    assert link.get_attribute("href").startswith("data:video/webm;base64,")
+    with running.page.expect_download() as download:
+        link.click()
+    assert download.value.suggested_filename.startswith("live-step-")
 
 
 def test_a_broken_picture_shows_its_error_and_a_good_one_is_taken(running):

@@ -88,23 +88,26 @@ class Screen:
             more=button(f"+{MORE} steps", "forward", f"Make the run {MORE} steps longer, and go on: also after its end"))
         self.picture, self.curves = PictureView(), CurvesView()
         self.words, self.table = text(), text()
-        self._speed, self._grown, self._seen = Speed(), [], 0
+        self._speed, self._grown, self._seen, self._drawn = Speed(), [], 0, None
         self._drawings = [  # what to draw, and when: together at most 6 % of the time; the words last
             (self.draw_frame, Pace(0.06, 0.035)), (self.draw_curves, Pace(0.6, 0.02)), (self.say, Pace(0.25, 0.005))]
         self.picture.observe(lambda _: session.ask(self.draw_frame), ["view", "compare"])
         self.picture.on_point(lambda x, y: session.ask(lambda: self.point(x, y)))
 
-    def draw(self) -> None:
-        "What is due while it runs, and everything where it rests."
-        running = self.session.state is State.RUNNING
+    def draw(self) -> bool:
+        "What is due while it runs, and all that is new where it rests. Says whether there is a new picture to show."
+        running, trainer = self.session.state is State.RUNNING, self.session.trainer
+        moment = (id(trainer), trainer.steps_done, self.session.state)
+        new, self._drawn = moment != self._drawn, moment
         if not running:
             self._note_run()
         for draw, pace in self._drawings:
-            if not running:
-                draw()
-            elif pace.due():
+            if running and pace.due():
                 with pace:
                     draw()
+            elif not running and (new or draw != self.draw_frame):
+                draw()
+        return new
 
     def draw_frame(self) -> None:
         "The pictures on view: JPEG while it runs, exact PNG where it rests. And the Gaussian that is pinned."
@@ -277,12 +280,17 @@ class LiveTrainer:
         session, buttons = self.session, self.buttons
         buttons["run"].on_click(lambda _: session.pause() if session.state is State.RUNNING else session.run())
         buttons["more"].on_click(lambda _: self._try(self._extend))
-        for name in ("step", "stop", "reset"):
-            buttons[name].on_click(lambda _, name=name: self._try(getattr(session, name)))
+        for name in ("step", "stop"):
+            buttons[name].on_click(lambda _, name=name: getattr(session, name)())
+        buttons["reset"].on_click(lambda _: self._reset())
         self.settings.connect(self._try)
         self.choices.connect(self._try)
         if get_ipython() is not None:
             get_ipython().events.register("post_run_cell", _after_cell)  # registering it again changes nothing
+
+    def _reset(self) -> None:
+        self.message.value = ""
+        self.session.reset()
 
     def _extend(self) -> None:
         self.session.extend(MORE)
@@ -298,10 +306,9 @@ class LiveTrainer:
     def _watch(self) -> None:
         "Called between two steps, and whenever the state changes: record and draw what is due."
         self.files.film.look()
-        self.screen.draw()
-        if self.session.state is not State.RUNNING:
+        new, running = self.screen.draw(), self.session.state is State.RUNNING
+        if not running:
             self.settings.look()
-            self._still.update(self.screen.still())
-        elif self._still_pace.due():
+        if new and (not running or self._still_pace.due()):
             with self._still_pace:
                 self._still.update(self.screen.still())

@@ -130,7 +130,7 @@ class Runs:
                 self._count += 1
                 self._row = self._count
                 self.rows = [*self.rows, None][-self.MOST:]
-            history = [*trainer.history[:: 1 + len(trainer.history) // 1000], trainer.history[-1]]
+            history = [*trainer.history[:-1:1 + len(trainer.history) // 1000], trainer.history[-1]]
             seconds, n_gaussians = trainer.seconds_spent, len(trainer.scene)
             self.rows[-1] = RunRow(self._row, picture, trainer.config, n_gaussians, history, seconds)
         return new

@@ -80,7 +80,7 @@ class LiveSession:
         self,
         ground_truth: GroundTruth,
         config: TrainConfig,
-        watch: Callable[[], None] = lambda: None,  # called after each step, by who took it, and when the state changes
+        watch: Callable[[], None] = lambda: None,  # called after each step, by who took it, and at rest after every change
         threaded: bool = True,  # False: `run` itself takes the steps, until done or interrupted
     ):
         self.ground_truth, self.config, self.watch, self.threaded = ground_truth, config, watch, threaded
@@ -190,6 +190,8 @@ class LiveSession:
             now = {name: value for name, value in fields.items() if name in CHANGEABLE and not later}
             if now:
                 self._post(lambda: self.trainer.update(**now))
+            if self._worker is None:
+                self.watch()  # what the state allows may be different now
 
     @property
     def waiting(self) -> list[str]:
