@@ -40,13 +40,14 @@ function nearest(steps, step) { // the last index whose step is not beyond it, o
   return low;
 }
 
-function decades(low, high) { // 1, 2, 5 of every power of ten between, and fewer where there are many
-  const all = [];
-  for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power++)
-    for (const digit of [1, 2, 5]) all.push(Number(`${digit}e${power}`));
-  const inside = all.filter((value) => value >= low && value <= high);
-  const tens = inside.filter((value) => /^[0.]*1(0|e|$)/.test(String(value)));
-  return inside.length > 6 && tens.length > 1 ? tens : inside;
+function decades(low, high) { // round numbers between, three of them or more, as few as may be
+  const from = Math.floor(Math.log10(low)), powers = Array.from({ length: Math.ceil(Math.log10(high)) - from + 1 }, (_, k) => from + k);
+  let inside = [];
+  for (const digits of [[1], [1, 3], [1, 2, 5], [1, 1.5, 2, 3, 4, 5, 7], [1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 9]]) {
+    inside = powers.flatMap((power) => digits.map((digit) => Number(`${digit}e${power}`))).filter((value) => value >= low && value <= high);
+    if (inside.length > 2) break;
+  }
+  return inside.filter((_, k) => k % Math.ceil(inside.length / 7) === 0);
 }
 
 function render({ model, el }) {

@@ -221,9 +221,12 @@ def _ticks(low: float, high: float, log: bool) -> list[float]:
     "A few round numbers in the range."
     from matplotlib.ticker import LogLocator, MaxNLocator
 
-    values = (LogLocator(subs=(1, 2, 5)) if log else MaxNLocator(3)).tick_values(low, high)
-    inside = [float(value) for value in values if low <= value <= high]
-    return inside[:: 1 + len(inside) // 6]
+    for digits in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)) if log else [()]:
+        values = (LogLocator(subs=digits) if log else MaxNLocator(3)).tick_values(low, high)
+        inside = [float(value) for value in values if low <= value <= high]
+        if len(inside) > 2:
+            break
+    return inside[:: 1 + len(inside) // 7]
 
 
 def draw_svg(

@@ -55,7 +55,7 @@ function render({ model, el }) {
   const [out, fit, near] = [["−", "Zoom out"], ["Fit", "Fit the whole picture"], ["+", "Zoom in"]].map(([textContent, title]) =>
     make("button", { type: "button", textContent, title, ariaLabel: title }));
   const percent = make("output", { ariaLabel: "Zoom" });
-  const bar = make("div", { className: "gs2d-bar" }, make("label", {}, "Show ", view), compare,
+  const bar = make("div", { className: "gs2d-bar" }, make("label", {}, make("span", { className: "gs2d-show" }, "Show"), view), compare,
     make("span", { className: "gs2d-zoom" }, out, percent, near, fit));
 
   const main = picture(), second = picture();
