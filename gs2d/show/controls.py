@@ -102,7 +102,7 @@ WORDS = dict(  # control -> its name, and what it does
     every_n_steps=("a round every", "Steps from one round of growth to the next"),
     grad_threshold=("gradient needed", "How strongly a Gaussian must be pulled to be cloned or split; less grows more"),
     rounds=("rounds in all", "How many times Gaussians are added where the error is"),
-    max_gaussians=("Gaussians at most", "No round grows the scene beyond this"),
+    max_gaussians=("most Gaussians", "No round grows the scene beyond this"),
     init_level=("start from", "Where the Gaussians are before the first step"),
     n_gaussians=("Gaussians", "How many; with growth by error, how many in the end"),
     seed=("seed", "Another number, another random start"))
@@ -114,7 +114,7 @@ def _options(members) -> list[tuple[str, Enum]]:
 
 def _control(kind: type, name: str, value, **options) -> widgets.Widget:
     layout, (description, tooltip) = widgets.Layout(width="100%", margin="1px 0"), WORDS[name]
-    style = {"description_width": "134px"}
+    style = {"description_width": "108px"}
     return kind(description=description, tooltip=tooltip, value=value, style=style, layout=layout, **options)
 
 

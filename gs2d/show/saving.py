@@ -16,7 +16,7 @@ import ipywidgets as widgets
 
 from ..io.pictures import save_picture
 from .controls import button, says, text
-from .film import VideoRecorder, play
+from .film import VideoRecorder, draw_frame, play
 from .session import LiveSession, State
 
 # %% ../../nbs/workshop/live_files.ipynb #link
@@ -61,7 +61,8 @@ class Film:
 
     def start(self) -> str:
         "Record from the next step on."
-        self._recorder = VideoRecorder(self._path(".webm"))
+        every = min(20, max(1, round(self.session.trainer.expected_steps / 200)))
+        self._recorder = VideoRecorder(self._path(".webm"), every)
         waits = "" if self.session.state is State.RUNNING else " from the next Run on"
         return f"Recording{waits}, which slows the training down. Press Video again to save."
 
@@ -70,7 +71,10 @@ class Film:
         recorder, state = self._recorder, self.session.state
         if recorder is not None and state is State.RUNNING:
             try:
-                recorder.add(self.session.trainer)
+                if recorder.n_frames:
+                    recorder.add(self.session.trainer)
+                else:
+                    recorder.add_frame(draw_frame(self.session.trainer))
             except Exception as error:  # a full disk must not end the training
                 self._recorder, self.button.value, reason = None, False, says(error)
                 self._attempt(lambda: f"<b>The video has ended.</b> {reason}")
