@@ -454,6 +454,12 @@ def test_the_wheel_zooms_where_the_pointer_is_and_the_small_pictures_follow(seen
     seen.zoomed(1.5)
     zoom, left, top = seen.place()
     near([left, top], [0.25 * (1 - zoom), 0.75 * (1 - zoom)])
+    seen.move(0.8, 0.4)
+    under = (0.8 - left) / zoom, (0.4 - top) / zoom
+    seen.page.mouse.wheel(0, -200)
+    seen.zoomed(1.5 * zoom)
+    zoom, left, top = seen.place()
+    near([(0.8 - left) / zoom, (0.4 - top) / zoom], under)
     for image in seen.smalls.all():
         near(seen.place(image), [zoom, left, top])
     assert seen.page.evaluate("scrollY") == 0
@@ -463,10 +469,13 @@ def test_the_wheel_zooms_where_the_pointer_is_and_the_small_pictures_follow(seen
 
 
 def test_the_page_scrolls_where_there_is_nothing_to_zoom_out_of(seen):
-    seen.move(0.5, 0.5)
-    seen.page.mouse.wheel(0, 300)
-    seen.wait("() => scrollY > 0")
-    seen.page.mouse.wheel(0, -300)  # the page has moved under the pointer, which was not moved
+    x, y = seen.at(0.5, 0.3)
+    seen.page.mouse.move(x, y)
+    seen.page.mouse.wheel(0, 100)
+    seen.wait("() => scrollY === 100")
+    box = seen.stage.bounding_box()
+    assert box["y"] < y < box["y"] + box["height"], "the pointer is still over the picture"
+    seen.page.mouse.wheel(0, -100)  # the page has moved under the pointer, which was not moved
     seen.wait("() => scrollY === 0")
     near(seen.place(), [1, 0, 0])
 
@@ -565,6 +574,8 @@ def test_pointing_asks_for_a_gaussian_one_question_at_a_time(page, pictures):
     pictures.on_point(lambda x, y: None)
     show(page, pictures)
     seen = Pictures(page)
+    seen.answer(5, 12345)  # to a question of before the page was loaded again
+    expect(seen.card).to_be_hidden()
     seen.move(0.3, 0.6)
     first = seen.asked(1)
     near([first["x"], first["y"]], [0.3, 0.6])
@@ -717,8 +728,9 @@ def test_keys_go_from_step_to_step_and_say_it(page, curves):
     expect(page.get_by_role("status")).to_have_text("step 59, loss 0.2763, PSNR 15.90 dB, learning rate 0.01, Gaussians 40")
     page.keyboard.press("Home")
     curves.set_run(run_of(70), 70)
+    before = charts.drawn()
     set_in(page, run=curves.run, x_max=curves.x_max)
-    page.wait_for_function("() => model.get('x_max') === 70")
+    page.wait_for_function("old => document.querySelector('canvas').toDataURL() !== old", arg=before[0])
     assert charts.step() == 0, "more steps do not move what is pointed at"
     page.keyboard.press("Escape")
     page.wait_for_function("() => document.querySelector('.gs2d-curves').dataset.step === '69'")
@@ -769,6 +781,12 @@ def test_odd_numbers_do_not_stop_the_curves(page, curves):
     for key in ("Home", "ArrowRight", "ArrowRight"):
         page.get_by_role("group").press(key)
     assert charts.step() == 2
+    page.keyboard.press("Escape")
+    before = charts.drawn()
+    curves.set_run([now._replace(loss=now.loss if now.loss > 0 else math.nan, psnr=15.0) for now in odd], 5)
+    set_in(page, run=curves.run)
+    page.wait_for_function("old => document.querySelectorAll('canvas')[1].toDataURL() !== old", arg=before[1])
+    assert charts.drawn()[0] == before[0], "what has no logarithm is a gap, as what is not a number"
 
 
 def test_curves_follow_the_theme_and_the_width(page, curves):

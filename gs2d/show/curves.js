@@ -2,7 +2,7 @@
 // this text when Python puts the module together. One index, `at`, is the step that all charts and numbers are about.
 
 const number = new Intl.NumberFormat("en");
-const short = (value) => (value >= 0.001 || value === 0 ? `${Number(value.toPrecision(2))}` : value.toExponential(0).replace("-", "−"));
+const short = (value) => (value >= 0.001 || value === 0 ? `${Number(value.toPrecision(2))}` : value.toExponential(0));
 const count = (value) => (value >= 10000 ? `${Number((value / 1000).toPrecision(3))}k` : number.format(value));
 
 const LINES = { // row of the table, name, how its value reads, and how its axis does
@@ -11,8 +11,11 @@ const LINES = { // row of the table, name, how its value reads, and how its axis
   lr: { row: 3, name: "learning rate", says: (value) => Number(value.toPrecision(3)).toString(), axis: short },
   count: { row: 4, name: "Gaussians", says: (value) => number.format(value), axis: count },
 };
-const CHARTS = [{ lines: ["loss"], height: 150 }, { lines: ["psnr"], height: 150 }, { lines: ["lr", "count"], height: 112, steps: true }];
-const WHOLE = [0, 1, 2, 3, 4, 5, 6, 7].flatMap((power) => [1, 2, 5].map((digit) => digit * 10 ** power)); // from tick to tick
+const CHARTS = [
+  { lines: ["loss"], height: 150 }, { lines: ["psnr"], height: 150 }, { lines: ["lr", "count"], height: 112, steps: true },
+];
+const WHOLE = [0, 1, 2, 3, 4, 5, 6, 7].flatMap((power) => [1, 2, 5].map((digit) => digit * 10 ** power)); // between ticks
+const DIGITS = [[1], [1, 3], [1, 2, 5], [1, 1.5, 2, 3, 4, 5, 7], [1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 9]];
 const ROWS = 5, LEFT = 46, RIGHT = 44; // rows of a table, pixels beside a chart
 
 function make(tag, options = {}, ...children) {
@@ -23,10 +26,12 @@ function make(tag, options = {}, ...children) {
   return element;
 }
 
-function table(view) { // the rows of a buffer of float32: steps, losses, …
-  if (!view?.byteLength) return Array.from({ length: ROWS }, () => []);
-  const all = new Float32Array(view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength));
-  const n = all.length / ROWS;
+function floats(view) {
+  return view?.byteLength ? new Float32Array(view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength)) : [];
+}
+
+function table(view) { // the rows of a buffer: steps, losses, …
+  const all = Float32Array.from(floats(view)), n = all.length / ROWS;
   return Array.from({ length: ROWS }, (_, row) => Array.from(all.subarray(row * n, row * n + n)));
 }
 
@@ -41,10 +46,11 @@ function nearest(steps, step) { // the last index whose step is not beyond it, o
 }
 
 function decades(low, high) { // round numbers between, three of them or more, as few as may be
-  const from = Math.floor(Math.log10(low)), powers = Array.from({ length: Math.ceil(Math.log10(high)) - from + 1 }, (_, k) => from + k);
   let inside = [];
-  for (const digits of [[1], [1, 3], [1, 2, 5], [1, 1.5, 2, 3, 4, 5, 7], [1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 9]]) {
-    inside = powers.flatMap((power) => digits.map((digit) => Number(`${digit}e${power}`))).filter((value) => value >= low && value <= high);
+  for (const digits of DIGITS) {
+    inside = [];
+    for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power++)
+      inside.push(...digits.map((digit) => Number(`${digit}e${power}`)).filter((value) => value >= low && value <= high));
     if (inside.length > 2) break;
   }
   return inside.filter((_, k) => k % Math.ceil(inside.length / 7) === 0);
@@ -114,6 +120,8 @@ function render({ model, el }) {
     };
   }
 
+  const dot = (u, k) => u.series[k].stroke(u, k);
+
   function plot(chart) {
     const axes = [], scales = { x: { time: false, range: () => [0, Math.max(model.get("x_max"), 1)] } }, series = [{}];
     const line = { stroke: ink, font: `11px ${getComputedStyle(root).fontFamily}`, ticks: { show: false } };
@@ -123,27 +131,29 @@ function render({ model, el }) {
     chart.lines.forEach((name, k) => {
       const logarithmic = name === "loss" && model.get("log"), color = () => colorOf(shown[name].mark);
       scales[name] = { distr: logarithmic ? 3 : 1, range: range(logarithmic) };
-      axes.push({ ...line, scale: name, side: k ? 1 : 3, size: k ? RIGHT : LEFT, gap: 6, space: 30, grid: k ? { show: false } : grid,
-        stroke: chart.lines.length > 1 ? color : ink,
-        ...(name === "count" ? { incrs: WHOLE } : {}),
-        ...(logarithmic ? { splits: (u, axis, low, high) => decades(low, high), filter: (u, splits) => splits } : {}),
+      const place = k ? { side: 1, size: RIGHT, grid: { show: false } } : { side: 3, size: LEFT, grid };
+      const ticks = logarithmic ? { splits: (u, axis, low, high) => decades(low, high), filter: (u, splits) => splits }
+        : name === "count" ? { incrs: WHOLE } : {};
+      axes.push({ ...line, ...place, ...ticks, scale: name, gap: 6, space: 30, stroke: chart.lines.length > 1 ? color : ink,
         values: (u, values) => values.map((value) => (value == null ? "" : LINES[name].axis(value))) });
       const paths = name === "count" ? uPlot.paths.stepped({ align: 1 }) : undefined;
       const common = { scale: name, points: { show: false }, paths };
-      series.push({ ...common, stroke: () => veil(color(), 0.75), width: 1, dash: [4, 4] }, { ...common, stroke: color, width: 2 });
+      const before = { ...common, stroke: () => veil(color(), 0.75), width: 1, dash: [4, 4] };
+      series.push(before, { ...common, stroke: color, width: 2 });
     });
     const options = {
       width: Math.max(chart.place.clientWidth, 120), height: chart.height, axes, scales, series, legend: { show: false },
       padding: [8, chart.lines.length > 1 ? 0 : RIGHT, 0, 0],
-      cursor: { y: false, drag: { x: false, y: false }, points: { size: 7, stroke: (u, k) => u.series[k].stroke(u, k), fill: (u, k) => u.series[k].stroke(u, k) } },
+      cursor: { y: false, drag: { x: false, y: false }, points: { size: 7, stroke: dot, fill: dot } },
       hooks: { drawAxes: [growthMarks], setCursor: [pointed] },
     };
     return new uPlot(options, joined(chart), chart.place);
   }
 
   function joined(chart) {
-    const finite = (name, values) => values.map((value) => (Number.isFinite(value) && (value > 0 || name !== "loss" || !model.get("log")) ? value : null));
-    const column = (from, name) => [from[0], finite(name, from[LINES[name].row])];
+    const above = (name) => (name === "loss" && model.get("log") ? 0 : -1e38); // what is not, is a gap
+    const drawn = (name) => (value) => (value > above(name) && value < 1e38 ? value : null);
+    const column = (from, name) => [from[0], from[LINES[name].row].map(drawn(name))];
     return uPlot.join(chart.lines.flatMap((name) => [column(ghost, name), column(run, name)]));
   }
 
@@ -184,7 +194,8 @@ function render({ model, el }) {
     event.preventDefault();
     event.stopPropagation();
     point(to === null ? null : Math.min(Math.max(to, 0), last));
-    said.textContent = [step.textContent, ...Object.entries(LINES).map(([name, { name: title }]) => `${title} ${shown[name].value.textContent}`)].join(", ");
+    const values = Object.entries(LINES).map(([line, { name }]) => `${name} ${shown[line].value.textContent}`);
+    said.textContent = [step.textContent, ...values].join(", ");
   });
 
   // --- drawing: once a frame at most -----------------------------------------------------------------------
@@ -199,15 +210,15 @@ function render({ model, el }) {
   function update() {
     run = table(model.get("run"));
     ghost = table(model.get("ghost"));
-    const view = model.get("growth");
-    growth = view?.byteLength ? [...new Float32Array(view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength))] : [];
+    growth = [...floats(model.get("growth"))];
     const some = run[0].length > 1;
     empty.hidden = some;
     body.hidden = bar.hidden = !some;
     log.checked = model.get("log");
     ghostKey.hidden = !ghost[0].length;
     growthKey.hidden = !growth.length;
-    charts.forEach(({ place, lines }) => place.setAttribute("aria-label", `${lines.map((name) => LINES[name].name).join(" and ")}. ${model.get("description")}`));
+    for (const { place, lines } of charts)
+      place.ariaLabel = `${lines.map((name) => LINES[name].name).join(" and ")}. ${model.get("description")}`;
     if (!some || fresh) clear();
     if (some && fresh) {
       for (const chart of charts) chart.plot = plot(chart);
@@ -224,12 +235,13 @@ function render({ model, el }) {
   on("change:log", anew);
   for (const name of ["run", "ghost", "growth", "x_max", "description"]) on(`change:${name}`, draw);
   const resized = new ResizeObserver(() => {
-    for (const { plot: u, place, height } of charts) if (u && place.clientWidth) u.setSize({ width: place.clientWidth, height });
+    for (const { plot: u, place, height } of charts)
+      if (u && place.clientWidth) u.setSize({ width: place.clientWidth, height });
   });
   resized.observe(root);
   const repaint = () => charts.forEach(({ plot: u }) => u?.redraw(false, true));
   const themed = new MutationObserver(repaint);
-  themed.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light", "data-jp-theme-name", "class"] });
+  themed.observe(document.body, { attributeFilter: ["data-jp-theme-light", "data-jp-theme-name", "class"] });
   listen(matchMedia("(prefers-color-scheme: dark)"), "change", repaint);
   el.append(root);
   update();

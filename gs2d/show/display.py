@@ -6,12 +6,11 @@
 __all__ = ['COMPARE', 'PictureView', 'CurvesView', 'draw_svg']
 
 # %% ../../nbs/workshop/display.ipynb #export-imports
-# What the browser does is in picture.js, curves.js and live.css, beside this module; uplot.js draws the curves (uPlot
-# 1.6.32, MIT, see uplot-license.txt). All of it travels inside the widgets: nothing is fetched from a network.
+# What the browser does is in picture.js, curves.js and live.css, beside this module; uplot.js draws the
+# curves (uPlot 1.6.32, MIT, see uplot-license.txt). All of it travels inside the widgets: nothing is fetched.
 import base64
 import html
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.resources import files
 
 import anywidget
@@ -27,7 +26,8 @@ def _asset(*names: str) -> str:
     return "\n".join(files("gs2d.show").joinpath(name).read_text(encoding="utf-8") for name in names)
 
 # %% ../../nbs/workshop/display.ipynb #picture-class
-_SHOWN = {view.value: view.label for view in View if view is not View.SIDE_BY_SIDE}  # what can be the large picture
+_SHOWN = {view.value: view.label for view in View if view is not View.SIDE_BY_SIDE}  # name -> for people
+_LEGENDS = {name: LEGENDS[View(name)] for name in _SHOWN}
 COMPARE = ("beside", "wipe", "none")
 
 
@@ -45,10 +45,11 @@ class PictureView(anywidget.AnyWidget):
     _esm, _css = _asset("picture.js"), _asset("live.css")
     view = t.Unicode(View.RENDER.value).tag(sync=True)  # which picture is the large one
     compare = t.Unicode(COMPARE[0]).tag(sync=True)  # with the target, and how
-    description = t.Unicode("a training run").tag(sync=True)  # for who cannot see the pictures: step and score, say
-    labels, legends = _no_echo(t.Dict, _SHOWN), _no_echo(t.Dict, {name: LEGENDS[View(name)] for name in _SHOWN})
+    description = _no_echo(t.Unicode, "a training run")  # for who cannot see it: step and score, say
+    labels, legends = _no_echo(t.Dict, _SHOWN), _no_echo(t.Dict, _LEGENDS)
     pointing = _no_echo(t.Bool, False)  # whether anybody wants to know
-    render_frame, error_frame, outlines_frame, opacity_frame, target_frame = (_no_echo(t.Bytes, b"") for _ in range(5))
+    render_frame, error_frame, outlines_frame = (_no_echo(t.Bytes, b"") for _ in range(3))
+    opacity_frame, target_frame = (_no_echo(t.Bytes, b"") for _ in range(2))
 
     def __init__(self, **options):
         super().__init__(**options)
@@ -68,8 +69,9 @@ class PictureView(anywidget.AnyWidget):
     def needed(self) -> tuple[str, ...]:
         "The pictures on view, by name; the target, which does not change, is not among them."
         others = [name for name in ("render", "target", "error") if name != self.view]
-        beside = {"beside": others[-2:], "wipe": others[:1] if self.view == "target" else [], "none": []}[self.compare]
-        return tuple(name for name in (self.view, *beside) if name != "target")
+        wipe = others[:1] if self.view == "target" else []
+        also = dict(beside=others[-2:], wipe=wipe, none=[])[self.compare]
+        return tuple(name for name in (self.view, *also) if name != "target")
 
     def set_frame(
         self,
@@ -90,9 +92,9 @@ class PictureView(anywidget.AnyWidget):
 
     def on_point(
         self,
-        callback: Callable[[float, float], None],  # (x, y) in [0, 1], from the top left; answers with `show_gaussian`
+        callback: Callable[[float, float], None],  # (x, y) in [0, 1] from the top left; may call `show_gaussian`
     ) -> None:
-        "Call this where somebody points at a picture: at most one call at a time, and not for every movement."
+        "Call this where somebody points at a picture: one call at a time, and not for every movement."
         self._callbacks.append(callback)
         self.pointing = True
 
@@ -105,8 +107,8 @@ class PictureView(anywidget.AnyWidget):
 
     def still(self) -> str:
         "The pictures of now as HTML that needs no widget."
-        named = {_SHOWN[name]: getattr(self, f"{name}_frame") for name in dict.fromkeys((*self.needed, "target"))}
-        figures = (_figure(name, data, self.description) for name, data in named.items() if data)
+        frames = {name: getattr(self, f"{name}_frame") for name in (*self.needed, "target")}
+        figures = (_figure(name, data, self.description) for name, data in frames.items() if data)
         return f'<div style="display: flex; flex-wrap: wrap; gap: 14px">{"".join(figures)}</div>'
 
     def close(self) -> None:
@@ -128,11 +130,13 @@ class PictureView(anywidget.AnyWidget):
 
 
 def _figure(name: str, data: bytes, description: str) -> str:
+    "A picture under which stands its name."
     kind = "png" if data.startswith(b"\x89PNG") else "jpeg"
     about = html.escape("the picture to reach" if name == "target" else description)
     source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-    picture = f'<img alt="{name}: {about}" src="{source}" style="max-width: 100%">'
-    return f'<figure style="margin: 0; flex: 0 1 384px; min-width: 0">{picture}<figcaption>{name}</figcaption></figure>'
+    picture = f'<img alt="{_SHOWN[name]}: {about}" src="{source}" style="max-width: 100%">'
+    style = "margin: 0; flex: 0 1 384px; min-width: 0"
+    return f'<figure style="{style}">{picture}<figcaption>{_SHOWN[name]}</figcaption></figure>'
 
 # %% ../../nbs/workshop/display.ipynb #curves-table
 _COLUMNS = ("step", "loss", "psnr", "lr", "n_gaussians")
@@ -146,7 +150,7 @@ def _table(
     n = len(history)
     chosen = range(n) if n <= most else np.linspace(0, n - 1, most).round().astype(int).tolist()
     rows = [[getattr(history[k], name) for k in chosen] for name in _COLUMNS]
-    return np.array(rows, np.float64).clip(-3e38, 3e38).astype(np.float32)  # what is endless stays a number
+    return np.array(rows, np.float64).clip(-3e38, 3e38).astype(np.float32)  # what is endless becomes a number
 
 
 def _says(table: np.ndarray) -> str:
@@ -159,7 +163,7 @@ def _says(table: np.ndarray) -> str:
 
 # %% ../../nbs/workshop/display.ipynb #curves-class
 class CurvesView(anywidget.AnyWidget):
-    "Loss, PSNR, learning rate and number of Gaussians of a run: values under the pointer, and the run before as a ghost."
+    "Loss, PSNR, learning rate and number of Gaussians: values under the pointer, the run before as a ghost."
 
     _esm, _css = _asset("uplot.js", "curves.js"), _asset("uplot.css", "live.css")
     log = t.Bool(True).tag(sync=True)  # the loss on a logarithmic axis
@@ -202,7 +206,8 @@ class CurvesView(anywidget.AnyWidget):
     def _share(self) -> None:
         "Send what has changed; the run last, for the rest belongs to it."
         done, before = (table[0, -1] + 1 if table.size else 0 for table in (self._run, self._ghost))
-        self.x_max = float(max(1, min(max(self._n_steps, before), max(2 * done, before) or self._n_steps)))
+        whole = max(self._n_steps, before, 1)
+        self.x_max = float(min(whole, max(2 * done, before) or whole))
         self.description, self.ghost = _says(self._run), self._ghost.tobytes()
         self.growth = np.array(self._growth, np.float32).tobytes()
         self.run = self._run.tobytes()
@@ -212,21 +217,48 @@ _CHARTS = (("loss", 1, "#d55e00"), ("PSNR, dB", 2, "#1a80bb"), ("Gaussians", 4, 
 _WIDTH, _HEIGHT, _LEFT, _GAP = 480, 96, 46, 34  # of a chart, of its numbers, and between two charts
 
 
-def _polyline(x: np.ndarray, y: np.ndarray, style: str) -> str:
-    points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y) if math.isfinite(b))
-    return f'<polyline points="{points}" fill="none" stroke-linejoin="round" {style}/>'
-
-
-def _ticks(low: float, high: float, log: bool) -> list[float]:
+def _ticks(low: float, high: float, log: bool, whole: bool) -> list[float]:
     "A few round numbers in the range."
     from matplotlib.ticker import LogLocator, MaxNLocator
 
-    for digits in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)) if log else [()]:
-        values = (LogLocator(subs=digits) if log else MaxNLocator(3)).tick_values(low, high)
-        inside = [float(value) for value in values if low <= value <= high]
+    for digits in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)):
+        locator = LogLocator(subs=digits) if log else MaxNLocator(4, integer=whole)
+        inside = [float(value) for value in locator.tick_values(low, high) if low <= value <= high]
         if len(inside) > 2:
             break
     return inside[:: 1 + len(inside) // 7]
+
+
+def _chart(
+    top: int,  # where its box begins
+    row: int,  # of the tables
+    color: str,
+    tables: Sequence[np.ndarray],  # of the ghost, and of the run
+    x_max: float,  # where the axis of the steps ends
+    log: bool,
+) -> Iterator[str]:
+    "The lines of one chart, each with the numbers at its left."
+    scale, back = (np.log10, lambda value: 10.0**value) if log else (np.asarray, float)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        columns = [scale(np.where(np.abs(table[row]) < 1e38, table[row], np.nan)) for table in tables]
+    finite = np.concatenate([values[np.isfinite(values)] for values in columns])
+    low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
+    room = 0.06 * (high - low) or 0.5
+    low, high = low - room, high + room
+    for tick in _ticks(back(low), back(high), log, row == 4):
+        y = top + (high - scale(tick)) / (high - low) * _HEIGHT
+        yield f'<path d="M{_LEFT} {y:.1f}H{_WIDTH - 8}" stroke="currentColor" stroke-opacity="0.15"/>'
+        yield f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:,g}</text>'
+    styles = 'stroke-opacity="0.7" stroke-dasharray="4 4"', 'stroke-width="2"'
+    for table, values, style in zip(tables, columns, styles):
+        shown = np.isfinite(values)
+        points = np.stack([_across(table[0], x_max), top + (high - values) / (high - low) * _HEIGHT], -1)[shown]
+        text = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        yield f'<polyline points="{text}" fill="none" stroke="{color}" stroke-linejoin="round" {style}/>'
+
+
+def _across(steps, x_max: float):
+    return _LEFT + steps / x_max * (_WIDTH - 8 - _LEFT)
 
 
 def draw_svg(
@@ -238,34 +270,20 @@ def draw_svg(
     description: str,
 ) -> str:
     "Loss, PSNR and number of Gaussians as SVG, in the text colour of the page."
-    about = html.escape(description)
+    about, parts = html.escape(description), []
     if run.shape[1] < 2:
         return f"<p>{about}</p>"
-    parts, right = [], _WIDTH - 8
-    across = lambda steps: _LEFT + steps / x_max * (right - _LEFT)  # noqa: E731
     for k, (title, row, color) in enumerate(_CHARTS):
         top = 18 + k * (_HEIGHT + _GAP)
-        scale = np.log10 if log and row == 1 else np.asarray
-        with np.errstate(divide="ignore", invalid="ignore"):
-            tables = [(across(table[0]), scale(np.where(np.abs(table[row]) < 1e38, table[row], np.nan))) for table in (ghost, run)]
-        finite = np.concatenate([values[np.isfinite(values)] for _, values in tables])
-        low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
-        room = 0.06 * (high - low) or 0.5
-        low, high = low - room, high + room
-        down = lambda values: top + (high - values) / (high - low) * _HEIGHT  # noqa: E731, B023
         parts.append(f'<text x="{_LEFT}" y="{top - 6}" font-weight="bold" fill="{color}">{title}</text>')
-        undone = (10.0**low, 10.0**high) if scale is np.log10 else (low, high)
-        for tick in _ticks(*undone, scale is np.log10):
-            y = down(scale(tick))
-            parts.append(f'<path d="M{_LEFT} {y:.1f}H{right}" stroke="currentColor" stroke-opacity="0.15"/>'
-                         f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:,g}</text>')
-        marks = "".join(f"M{across(step):.1f} {top}v{_HEIGHT}" for step in growth)
-        parts.append(f'<path d="{marks}" stroke="#009e73" stroke-opacity="0.3"/>' if marks else "")
-        for (x, values), style in zip(tables, ('stroke-opacity="0.7" stroke-dasharray="4 4"', 'stroke-width="2"')):
-            parts.append(_polyline(x, down(values), f'stroke="{color}" {style}'))
-    for tick in _ticks(0, x_max, False):
-        parts.append(f'<text x="{across(tick):.1f}" y="{top + _HEIGHT + 16}" text-anchor="middle">{tick:,.0f}</text>')
-    parts.append(f'<text x="{right}" y="{top + _HEIGHT + 30}" text-anchor="end">step</text>')
+        marks = "".join(f"M{_across(step, x_max):.1f} {top}v{_HEIGHT}" for step in growth)
+        parts += [f'<path d="{marks}" stroke="#009e73" stroke-opacity="0.3"/>'] if marks else []
+        parts += _chart(top, row, color, (ghost, run), x_max, log and row == 1)
+    bottom = top + _HEIGHT
+    for tick in _ticks(0, x_max, False, True):
+        x = _across(tick, x_max)
+        parts.append(f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{tick:,.0f}</text>')
+    parts.append(f'<text x="{_WIDTH - 8}" y="{bottom + 30}" text-anchor="end">step</text>')
     style = "max-width: 100%; height: auto; color: inherit; font: 11px system-ui, sans-serif"
-    return (f'<svg role="img" aria-label="{about}" viewBox="0 0 {_WIDTH} {top + _HEIGHT + 36}" width="{_WIDTH}" '
+    return (f'<svg role="img" aria-label="{about}" viewBox="0 0 {_WIDTH} {bottom + 36}" width="{_WIDTH}" '
             f'style="{style}" fill="currentColor">{"".join(parts)}</svg>')

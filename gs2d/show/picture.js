@@ -43,19 +43,25 @@ function render({ model, el }) {
   // --- the elements ------------------------------------------------------------------------------
   const picture = () => make("img", { decoding: "sync", draggable: false });
   const spot = () => make("div", { className: "gs2d-spot", hidden: true });
-  const view = make("select", { ariaLabel: "Show" }, ...Object.entries(labels).map(([value, label]) => new Option(label, value)));
+  const options = Object.entries(labels).map(([value, label]) => new Option(label, value));
+  const view = make("select", { ariaLabel: "Show" }, ...options);
   const group = `gs2d-${Math.random().toString(36).slice(2)}`;
-  const choices = Object.entries({ beside: "beside", wipe: "wipe", none: "alone" }).map(([value, label]) => {
+  const choices = [
+    ["beside", "beside", "Target and error beside it"],
+    ["wipe", "wipe", "A line to drag between it and the target"],
+    ["none", "alone", "Only this picture"],
+  ].map(([value, label, title]) => {
     const input = make("input", { type: "radio", name: group, value });
-    const title = { beside: "Target and error beside it", wipe: "A line to drag between it and the target", none: "Only this picture" }[value];
     return { input, label: make("label", { title }, input, label) };
   });
   const compare = make("fieldset", { className: "gs2d-choice" },
-    make("legend", { className: "gs2d-unseen", textContent: "Compare with the target" }), ...choices.map((choice) => choice.label));
-  const [out, fit, near] = [["−", "Zoom out"], ["Fit", "Fit the whole picture"], ["+", "Zoom in"]].map(([textContent, title]) =>
-    make("button", { type: "button", textContent, title, ariaLabel: title }));
+    make("legend", { className: "gs2d-unseen", textContent: "Compare with the target" }),
+    ...choices.map((choice) => choice.label));
+  const press = (textContent, title) => make("button", { type: "button", textContent, title, ariaLabel: title });
+  const out = press("−", "Zoom out"), near = press("+", "Zoom in"), fit = press("Fit", "Fit the whole picture");
   const percent = make("output", { ariaLabel: "Zoom" });
-  const bar = make("div", { className: "gs2d-bar" }, make("label", {}, make("span", { className: "gs2d-show" }, "Show"), view), compare,
+  const bar = make("div", { className: "gs2d-bar" },
+    make("label", {}, make("span", { className: "gs2d-show" }, "Show"), view), compare,
     make("span", { className: "gs2d-zoom" }, out, percent, near, fit));
 
   const main = picture(), second = picture();
@@ -75,14 +81,16 @@ function render({ model, el }) {
     return polygon;
   });
   const mainSpot = spot();
-  const stage = make("div", { className: "gs2d-stage", tabIndex: 0, role: "group" }, main, right, empty, svg, mainSpot, tagged, wipe, card);
+  const stage = make("div", { className: "gs2d-stage", tabIndex: 0, role: "group" },
+    main, right, empty, svg, mainSpot, tagged, wipe, card);
   const legend = make("span");
   const scale = () => make("span", { className: "gs2d-scale" }, "0", make("i"), "≥ 0.25");
   const mainScale = scale();
   const smalls = [0, 1].map(() => {
     const image = picture(), show = make("button", { type: "button" }), mark = spot(), colors = scale();
     const small = make("div", { className: "gs2d-stage" }, image, mark);
-    return { image, show, mark, colors, stage: small, figure: make("figure", {}, small, make("figcaption", {}, show, colors)) };
+    const figure = make("figure", {}, small, make("figcaption", {}, show, colors));
+    return { image, show, mark, colors, figure, stage: small };
   });
   const aside = make("div", { className: "gs2d-smalls" }, ...smalls.map((small) => small.figure));
   const table = make("div", { className: "gs2d-table" },
@@ -183,7 +191,8 @@ function render({ model, el }) {
   };
 
   // --- the Gaussian at a point: one question on its way at a time -----------------------------------
-  let asked = 0, answered = 0, forgotten = 0, pinned = false, next = null, pause = 0, spotAt = [0, 0];
+  // Questions are numbered from the time on, so that answers to a page that was loaded again are not taken for ours.
+  let asked = Date.now(), answered = asked, forgotten = asked, pinned = false, next = null, pause = 0, told = null, spotAt = [0, 0];
 
   function ask(u, v, pin) {
     if (!model.get("pointing")) return;
@@ -221,17 +230,20 @@ function render({ model, el }) {
 
   function tell(gaussian) {
     card.hidden = !gaussian;
-    outlines.forEach((polygon) => polygon.setAttribute("points", gaussian ? gaussian.outline.map((p) => p.join()).join(" ") : ""));
+    const points = gaussian ? gaussian.outline.map((point) => point.join()).join(" ") : "";
+    for (const polygon of outlines) polygon.setAttribute("points", points);
     if (!gaussian) return;
     const swatch = make("i");
     swatch.style.background = gaussian.color;
-    const rows = gaussian.rows.flatMap(([name, value]) => [make("dt", { textContent: name }), make("dd", { textContent: value })]);
+    const rows = gaussian.rows.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]);
     card.replaceChildren(make("b", {}, swatch, `Gaussian ${gaussian.index}`), make("dl", {}, ...rows),
       ...(pinned ? [make("small", { textContent: "pinned; Escape lets go" })] : []));
     const left = x + zoom * spotAt[0] < 0.5; // the card stands at the other side
     card.classList.toggle("gs2d-far", left);
     card.classList.toggle("gs2d-left", !left);
-    if (pinned) said.textContent = `Gaussian ${gaussian.index}: ${gaussian.rows.map((row) => row.join(" ")).join(", ")}`;
+    const words = `Gaussian ${gaussian.index}: ${gaussian.rows.map((row) => row.join(" ")).join(", ")}`;
+    if (pinned && told !== gaussian.index) said.textContent = words;
+    told = pinned ? gaussian.index : null; // said once, however often its numbers change
   }
 
   on("msg:custom", (message) => {
@@ -244,7 +256,7 @@ function render({ model, el }) {
   });
 
   // --- gestures, on every picture --------------------------------------------------------------------
-  let meant = false; // whether the pointer was moved here, or the page was scrolled under it
+  let meant = false, rested = ""; // whether the pointer was moved since the page was scrolled under it
 
   function gestures(target) {
     const fingers = new Map();
@@ -264,7 +276,6 @@ function render({ model, el }) {
       from = { x, y, at: where(target, event) };
     });
     listen(target, "pointermove", (event) => {
-      meant = true;
       const at = where(target, event), before = fingers.get(event.pointerId);
       if (!before) {
         if (event.pointerType !== "touch" && event.target !== wipe && !pinned) ask(...at, false);
@@ -282,7 +293,8 @@ function render({ model, el }) {
 
     function pinch(id, at, before) {
       const [still] = [...fingers].filter(([other]) => other !== id).map(([, place]) => place);
-      const gap = (place) => Math.hypot((place[0] - still[0]) * target.clientWidth, (place[1] - still[1]) * target.clientHeight);
+      const { clientWidth: w, clientHeight: h } = target;
+      const gap = (place) => Math.hypot((place[0] - still[0]) * w, (place[1] - still[1]) * h);
       moved = true;
       zoomAt(gap(at) / Math.max(gap(before), 1), [(at[0] + still[0]) / 2, (at[1] + still[1]) / 2]);
       look(zoom, x + (at[0] - before[0]) / 2, y + (at[1] - before[1]) / 2);
@@ -300,12 +312,16 @@ function render({ model, el }) {
       pinned && off < 9 ? forget() : ask(...at, true); // a click on the ring lets go
     });
     listen(target, "pointercancel", lift);
-    listen(target, "pointerleave", () => ((meant = false), pinned || forget()));
+    listen(target, "pointerleave", () => pinned || forget());
     listen(target, "dblclick", (event) => event.target === wipe || (whole(), forget()));
   }
 
   [stage, ...smalls.map((small) => small.stage)].forEach(gestures);
   listen(document, "scroll", () => (meant = false), { capture: true, passive: true });
+  listen(document, "pointermove", ({ screenX, screenY }) => { // a browser also tells of a page that moves under it
+    meant ||= `${screenX} ${screenY}` !== rested;
+    rested = `${screenX} ${screenY}`;
+  }, { capture: true, passive: true });
 
   listen(stage, "keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;

@@ -333,8 +333,9 @@ def gaussian_at(
     outline = torch.stack([(along - domain.x_dim[0]) / domain.width, (domain.y_dim[1] - up) / domain.height], -1)
     share = parts[index] / (parts.sum() + WEIGHT_EPS) if scene.blend is Blend.WEIGHTED else parts[index]
     angle = math.degrees(scene.rotations[index].item()) % 180  # an ellipse looks the same after half a turn
-    rows = dict(centre=f"{mean[0]:.2f}, {mean[1]:.2f}", size=f"{scales[0]:.2g} × {scales[1]:.2g}", turned=f"{angle:.0f}°",
-                opacity=f"{scene.opacities[index]:.2f}", colour=", ".join(f"{ink:.2f}" for ink in color.tolist()))
-    seen = (rgb(color[None]).clamp(0, 1)[0] * 255).round().int().tolist()
-    return dict(index=index, outline=outline.tolist(), color="#%02x%02x%02x" % tuple(seen),
-                rows=[*map(list, rows.items()), ["weight here" if scene.blend is Blend.ADDITIVE else "share here", f"{share:.0%}"]])
+    rows = [["centre", f"{mean[0]:.2f}, {mean[1]:.2f}"], ["size", f"{scales[0]:.2g} × {scales[1]:.2g}"],
+            ["turned", f"{angle:.0f}°"], ["opacity", f"{scene.opacities[index]:.2f}"],
+            ["colour", ", ".join(f"{ink:.2f}" for ink in color.tolist())],
+            ["weight here" if scene.blend is Blend.ADDITIVE else "share here", f"{share:.0%}"]]
+    red, green, blue = (rgb(color[None]).clamp(0, 1)[0] * 255).round().int().tolist()
+    return dict(index=index, outline=outline.tolist(), rows=rows, color=f"#{red:02x}{green:02x}{blue:02x}")
