@@ -619,8 +619,8 @@ def test_each_run_has_a_row_and_the_one_before_is_a_ghost(live):
     click(live, "run")
     assert live.session.wait(30)
     first, second = live.screen.runs.rows
-    assert [row.config.lr for row in (first, second)] == [1e-3, 1e-3], "the first was changed on its way"
-    assert "Gaussians 9" in live.screen.table.value and (first.n_gaussians, second.n_gaussians) == (6, 9)
+    assert [row.config.lr for row in (first, second)] == [1e-2, 1e-3], "what was set after its end is not of the first run"
+    assert "learning rate 0.001" in live.screen.table.value and "Gaussians 9" in live.screen.table.value and (first.n_gaussians, second.n_gaussians) == (6, 9)
     ghost = np.frombuffer(live.curves.ghost, np.float32).reshape(5, -1)
     assert np.array_equal(ghost[1], np.array([record.loss for record in first.history], np.float32))
 

@@ -25,7 +25,7 @@ from ..train import StepRecord, Trainer
 # %% ../../nbs/workshop/live_runs.ipynb #far
 def minutes(seconds: float) -> str:
     "0:05, 12:30 or 1:02:03."
-    whole = max(0, math.ceil(seconds))
+    whole = max(0, round(seconds))
     hours, rest = divmod(whole, 3600)
     return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
 
@@ -125,7 +125,8 @@ class Runs:
         new = trainer is not self._trainer
         if new:
             self._trainer, self._row = trainer, None
-        if trainer.history:
+        seen = self.rows[-1].history[-1] if self.rows and self._row else None
+        if trainer.history and trainer.history[-1] is not seen:  # a setting changed after the last step is not its own
             if self._row is None:
                 self._count += 1
                 self._row = self._count
@@ -144,10 +145,11 @@ class Runs:
         "The rows as HTML, the last one first; nothing before there is one."
         if not self.rows:
             return ""
+        cell = 'style="text-align: left; vertical-align: top; padding: 2px 14px 2px 0"'
         heads = ("run", "what changed", "Gaussians", "steps", "PSNR (dB)", "seconds")
         pairs = [*zip(self.rows, [None, *self.rows])]
         line, style = "<tr>{}</tr>".format, "overflow-x: auto; font-variant-numeric: tabular-nums"
-        head = line("".join(f'<th scope="col" style="text-align: left">{name}</th>' for name in heads))
-        body = [line("".join(f'<td style="text-align: left; vertical-align: top">{html.escape(cell)}</td>' for cell in row.cells(before))) for row, before in pairs]
+        head = line("".join(f'<th scope="col" {cell}>{name}</th>' for name in heads))
+        body = [line("".join(f'<td {cell}>{html.escape(words)}</td>' for words in row.cells(before))) for row, before in pairs]
         rows = f'<caption style="text-align: left"><b>Runs</b></caption>{head}{"".join(reversed(body))}'
         return f'<div style="{style}"><table class="gs2d-runs">{rows}</table></div>'

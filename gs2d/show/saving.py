@@ -38,7 +38,7 @@ def video_player(path: Path) -> str:
     "A player that holds the video, as HTML."
     if path.stat().st_size > MOST_BYTES:
         return ""
-    return play(path, embed=True)._repr_html_().replace("<video ", '<video style="max-width: 100%; max-height: 320px" ', 1)
+    return play(path, embed=True)._repr_html_().replace("<video ", '<video style="width: auto; max-width: 100%; max-height: 320px" ', 1)
 
 # %% ../../nbs/workshop/live_files.ipynb #film
 Attempt = Callable[[Callable[[], str | None]], None]  # calls what it is given, and shows its answer or its error

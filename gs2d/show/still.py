@@ -59,9 +59,10 @@ class Still:
 
     def update(self, picture: str) -> None:
         "Put the picture of now in the place of the one before."
+        from IPython import get_ipython
         from IPython.display import HTML, update_display
 
-        if self._shown:
+        if self._shown and hasattr(get_ipython(), "kernel"):  # a terminal would print it again and again
             update_display(HTML(self._page(picture)), display_id=self._name)
 
     def _page(self, picture: str) -> str:
