@@ -1,12 +1,17 @@
 """The live session and its panel, with clicks made in code. For the end of a run they wait with `session.wait`, for something
 in its middle they poll, with a deadline. Nothing here sleeps for a fixed time."""
+import base64
 import dataclasses
 import gc
 import io
+import re
+import subprocess
+import sys
 import threading
 import time
 import weakref
 from datetime import datetime
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -16,10 +21,11 @@ from ipywidgets.widgets import widget as widget_registry
 from PIL import Image
 
 from gs2d.densify import DensifyConfig, ErrorGrowth
+from gs2d.fit import default_portrait, fit_config, fit_image
 from gs2d.gaussians import PARAMETER_NAMES, Gaussians2D
 from gs2d.ground_truth import GroundTruth
 from gs2d.init_levels import InitLevel
-from gs2d.loss import L1SSIMLoss
+from gs2d.loss import L1SSIMLoss, l2_loss
 from gs2d.renderer import Blend
 from gs2d.show.panel import LiveTrainer, Pace, view_of
 from gs2d.show.session import ALLOWED, LiveSession, State
@@ -95,17 +101,69 @@ def test_step_takes_one_and_ends_in_done_at_the_last():
     assert (session.trainer.steps_done, session.state) == (2, State.DONE)
     session.step()
     session.run()
-    assert (session.trainer.steps_done, session.state) == (2, State.DONE), "done allows neither"
+    assert (session.trainer.steps_done, session.state) == (2, State.DONE), "with no steps left, done allows neither"
 
 
-def test_stop_ends_the_thread_and_only_a_reset_goes_on():
+def test_stop_ends_the_thread_and_a_reset_starts_again():
     session = started()
     session.stop()
     assert session.state is State.DONE and not training_threads()
-    session.run()
-    assert session.state is State.DONE
     session.reset()
     assert (session.state, session.trainer.steps_done) == (State.IDLE, 0)
+
+
+def test_a_run_that_was_stopped_goes_on_where_it_stopped():
+    session = started()
+    session.stop()
+    steps = session.trainer.steps_done
+    session.step()
+    assert (session.state, session.trainer.steps_done) == (State.PAUSED, steps + 1)
+    session.stop()
+    session.run()
+    wait_for(lambda: session.trainer.steps_done > steps + 3)
+    assert session.trainer.history[steps].step == steps
+
+
+@pytest.mark.parametrize("how", ["change", "extend"])
+def test_a_finished_run_that_is_made_longer_goes_on(how):
+    session = LiveSession(TRUTH, change(n_iterations=5))
+    session.run()
+    assert session.wait(30) and session.state is State.DONE
+    scene = session.trainer.scene
+    if how == "change":
+        session.change(n_iterations=9)
+        session.run()
+    else:
+        session.extend(4)
+    assert session.wait(30) and (session.state, session.trainer.steps_done) == (State.DONE, 9)
+    assert session.trainer.scene is scene and [record.step for record in session.trainer.history] == list(range(9))
+
+
+def test_a_run_by_the_clock_is_made_longer_in_steps():
+    session = LiveSession(TRUTH, change(seconds=1e-3))
+    session.run()
+    assert session.wait(30) and session.state is State.DONE
+    steps = session.trainer.steps_done
+    session.extend(7)
+    assert session.wait(30) and (session.state, session.trainer.steps_done) == (State.DONE, steps + 7)
+
+
+@pytest.mark.parametrize("call", ["run", "step"])
+def test_a_learning_rate_that_is_too_large_fails_and_a_lower_one_goes_on(call):
+    session = started()
+    session.change(lr=1e38)
+    assert session.wait(30) and session.state is State.FAILED and isinstance(session.error, FloatingPointError)
+    steps = session.trainer.steps_done
+    assert all(parameter.isfinite().all() for parameter in session.trainer.scene.parameters())
+    assert not session.allows("run") and "Lower the learning rate" in session.advice
+    getattr(session, call)()
+    assert session.state is State.FAILED and session.trainer.steps_done == steps, "with the same rate it would fail again"
+    session.change(lr=1e-3)
+    assert session.allows(call) and "go on" in session.advice
+    getattr(session, call)()
+    wait_for(lambda: session.trainer.steps_done > steps)
+    assert session.error is None and session.state is not State.FAILED and session.advice == ""
+    assert [record.step for record in list(session.trainer.history)[:steps + 1]] == list(range(steps + 1))
 
 
 def test_stop_from_paused_is_done_and_every_call_in_every_state_ends_in_a_known_state():
@@ -157,9 +215,14 @@ def test_an_error_in_a_step_becomes_the_state_and_a_reset_recovers():
     session.change(loss=broken)
     assert session.wait(30) and session.state is State.FAILED and not training_threads()
     assert str(session.error) == "no loss today"
+    session.run()
+    assert session.state is State.FAILED and "Change a setting" in session.advice
     session.change(loss=L1SSIMLoss())
+    steps = session.trainer.steps_done
+    session.step()
+    assert (session.state, session.trainer.steps_done, session.error) == (State.PAUSED, steps + 1, None)
     session.reset()
-    assert session.state is State.IDLE and session.error is None
+    assert session.state is State.IDLE
     session.step()
     assert session.trainer.steps_done == 1
 
@@ -169,6 +232,8 @@ def test_a_start_that_is_impossible_fails_in_words():
     session.change(init_level="exact", n_gaussians=7)
     session.reset()
     assert session.state is State.FAILED and "expected the truth's own 6" in str(session.error)
+    session.change(lr=1e-4)
+    assert not session.allows("run") and "Reset" in session.advice, "the trainer is that of another configuration"
 
 
 def test_ask_sees_the_trainer_at_rest():
@@ -203,6 +268,21 @@ def test_in_the_foreground_run_returns_at_the_end_and_an_interrupt_pauses():
     assert (session.state, session.trainer.steps_done) == (State.PAUSED, 3)
     session.step()
     assert session.trainer.steps_done == 4
+
+
+def test_a_program_that_ends_while_a_session_trains_ends_without_an_error():
+    program = """
+import time
+from gs2d.ground_truth import GroundTruth
+from gs2d.show.session import LiveSession
+from gs2d.train import TrainConfig
+session = LiveSession(GroundTruth.random(30, 96, 128, seed=1), TrainConfig(n_gaussians=30, n_iterations=10**6, device="cpu"))
+session.run()
+while session.trainer.steps_done < 20:
+    time.sleep(0.01)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "terminate" not in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
 # ── at rest: nobody trains, nobody draws ──
@@ -249,6 +329,25 @@ def test_wait_says_whether_the_run_has_come_to_rest():
     session.run()
     assert not session.wait(0)
     assert session.wait(30) and session.state is State.DONE and watch.seen[-1] == (State.DONE, 5) and not training_threads()
+
+
+def test_a_reset_as_the_run_ends_waits_for_the_last_drawing():
+    drawing, drawn, met = threading.Event(), threading.Event(), threading.Event()
+
+    def watch():
+        if drawing.is_set() and not drawn.is_set():
+            met.set()
+        elif session.state is State.DONE:
+            drawing.set()
+            met.wait(0.3)  # a second thread that draws would come now
+            drawn.set()
+        seen.append((session.state, session.trainer.steps_done))
+
+    seen, session = [], LiveSession(TRUTH, change(n_iterations=5), watch)
+    session.run()
+    assert drawing.wait(30)
+    session.reset()
+    assert not met.is_set() and drawn.is_set() and seen[-2:] == [(State.DONE, 5), (State.IDLE, 0)]
 
 
 def test_a_run_that_starts_while_the_last_one_is_drawn_for_the_last_time_waits_for_it():
@@ -380,8 +479,13 @@ def enabled(live):
     return {name for name in ("run", "step", "stop", "reset") if not live.buttons[name].disabled}
 
 
-def decoded(widget):
-    return np.asarray(Image.open(io.BytesIO(widget.value)))
+def decoded(data):
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
+def saved(live):
+    "The path that the view names."
+    return re.search("Saved <code>(.*?)</code>", live.message.value)[1]
 
 
 def test_buttons_run_pause_step_reset_and_stop(live):
@@ -399,27 +503,126 @@ def test_buttons_run_pause_step_reset_and_stop(live):
     assert live.trainer.steps_done == 0 and "idle" in live.words.value
     click(live, "step")
     click(live, "stop")
-    assert "done" in live.words.value and enabled(live) == {"reset"}
+    assert "done" in live.words.value and enabled(live) == {"run", "step", "reset"}
 
 
-def test_the_picture_and_the_curves_change_while_it_runs_and_the_last_one_is_exact(live):
-    pictures, curves = {live.image.value}, {live.curves.value}
+def test_the_pictures_and_the_curves_change_while_it_runs_and_the_last_ones_are_exact(live):
+    pictures, curves = {live.picture.render_frame}, {live.curves.run}
+    assert np.array_equal(decoded(live.picture.target_frame), view_of(live.trainer, View.TARGET))
     click(live, "run")
 
     def enough():
-        pictures.add(live.image.value)
-        curves.add(live.curves.value)
+        pictures.add(live.picture.render_frame)
+        curves.add(live.curves.run)
         return len(pictures) > 3 and len(curves) > 1
 
     wait_for(enough)
-    assert live.image.format == "jpeg"
+    assert live.picture.error_frame.startswith(b"\xff\xd8"), "JPEG on the way"
     click(live, "run")
-    assert live.image.format == "png"
-    assert np.array_equal(decoded(live.image), view_of(live.trainer))
-    curves = decoded(live.curves)[..., :3].astype(int)
-    half = len(curves) // 2
-    for part, color in ((curves[:half], (0xD5, 0x5E, 0x00)), (curves[half:], (0x00, 0x72, 0xB2))):
-        assert (np.abs(part - color).max(-1) < 30).sum() > 50, "a curve in each half"
+    for name in ("render", "error"):
+        assert np.array_equal(decoded(getattr(live.picture, f"{name}_frame")), view_of(live.trainer, View(name)))
+    steps = np.frombuffer(live.curves.run, np.float32).reshape(5, -1)[0]
+    assert steps[-1] == live.trainer.history[-1].step and live.curves.x_max >= steps[-1]
+
+
+def test_another_view_is_drawn_at_once_running_or_not(live):
+    live.picture.view = "outlines"
+    assert np.array_equal(decoded(live.picture.outlines_frame), view_of(live.trainer, View.OUTLINES))
+    click(live, "run")
+    live.picture.view, live.picture.compare = "opacity", "none"
+    assert live.picture.opacity_frame.startswith(b"\xff\xd8")
+
+
+def test_pointing_at_the_picture_is_answered_between_two_steps(live):
+    answers = []
+    live.picture.show_gaussian = answers.append
+    click(live, "run")
+    wait_for(lambda: live.trainer.steps_done > 3)
+    live.picture._hear(None, dict(type="point", x=0.5, y=0.5, pin=True, id=1), [])
+    assert answers[0] is None or {"index", "outline", "rows", "color"} <= set(answers[0])
+    wait_for(lambda: len(answers) > 3)  # what is pinned is followed
+    live.picture._hear(None, dict(type="unpin"), [])
+    click(live, "run")
+    n = len(answers)
+    click(live, "step")
+    assert len(answers) == n
+
+
+def test_reset_as_the_run_ends_leaves_curves_and_table_whole():
+    drawing, go_on = threading.Event(), threading.Event()
+    live = LiveTrainer(TRUTH, change(n_iterations=30))
+    draw = live.screen.draw_curves
+
+    def slowly():
+        if live.session.state is State.DONE and not drawing.is_set():
+            drawing.set()
+            go_on.wait(30)
+        draw()
+
+    live.screen._drawings[1] = (slowly, live.screen._drawings[1][1])
+    click(live, "run")
+    assert drawing.wait(30)
+    clicker = threading.Thread(target=click, args=(live, "reset"))
+    clicker.start()
+    go_on.set()
+    clicker.join(30)
+    assert live.session.state is State.IDLE and live.curves.run == b"" and len(live.curves.ghost) == 5 * 4 * 30
+    click(live, "run")
+    assert live.session.wait(30) and len(live.curves.run) == 5 * 4 * 30
+
+
+def test_a_learning_rate_that_is_too_large_says_in_words_what_leads_on(live):
+    click(live, "run")
+    wait_for(lambda: live.trainer.steps_done > 3)
+    live.session.change(lr=1e38)
+    assert live.session.wait(30) and "Lower the learning rate" in live.words.value and enabled(live) == {"reset"}
+    steps = live.trainer.steps_done
+    live.controls["lr"].value = 1e-3
+    assert "Press Run to go on" in live.words.value and enabled(live) == {"run", "step", "reset"}
+    click(live, "run")
+    wait_for(lambda: live.trainer.steps_done > steps and "running" in live.words.value)
+
+
+@pytest.mark.parametrize("how", ["more", "steps in all"])
+def test_a_finished_run_is_made_longer(how):
+    live = LiveTrainer(TRUTH, change(n_iterations=20))
+    click(live, "run")
+    assert live.session.wait(30) and enabled(live) == {"reset"}
+    if how == "more":
+        click(live, "more")
+    else:
+        live.controls["n_iterations"].value = 520
+        assert enabled(live) == {"run", "step", "reset"}
+        click(live, "run")
+    assert live.session.wait(30) and "step 520 of 520" in live.words.value
+    assert live.controls["n_iterations"].value == 520 and live.trainer.history[-1].step == 519
+
+
+def test_progress_time_and_the_end_of_growth_are_said(live):
+    live = LiveTrainer(TRUTH, change(n_iterations=40, densify=DensifyConfig(every_n_steps=5, max_gaussians=12)))
+    assert "growth ends at step 20" in live.words.value
+    click(live, "run")
+    wait_for(lambda: "to go" in live.words.value or live.session.state is State.DONE)
+    assert live.session.wait(30)
+    assert "growth ended at step 20" in live.words.value and "spent" in live.words.value
+    assert re.search('<progress aria-label="[^"]+" value="1.0000"', live.words.value)
+
+
+def test_each_run_has_a_row_and_the_one_before_is_a_ghost(live):
+    live = LiveTrainer(TRUTH, change(n_iterations=20))
+    assert live.screen.table.value == "" and live.curves.ghost == b""
+    click(live, "run")
+    assert live.session.wait(30)
+    live.controls["lr"].value = 1e-3
+    live.controls["n_gaussians"].value = 9
+    click(live, "reset")
+    click(live, "run")
+    assert live.session.wait(30)
+    first, second = live.screen.runs.rows
+    assert [row.config.lr for row in (first, second)] == [1e-2, 1e-3], "what was set after its end is not of the first run"
+    assert "learning rate 0.001" in live.screen.table.value and "Gaussians 9" in live.screen.table.value and (first.n_gaussians, second.n_gaussians) == (6, 9)
+    ghost = np.frombuffer(live.curves.ghost, np.float32).reshape(5, -1)
+    assert np.array_equal(ghost[1], np.array([record.loss for record in first.history], np.float32))
 
 
 @pytest.mark.parametrize("name, value, field, expected", [
@@ -428,7 +631,9 @@ def test_the_picture_and_the_curves_change_while_it_runs_and_the_last_one_is_exa
     ("n_iterations", 5000, "n_iterations", 5000),
     ("blend", Blend.ADDITIVE, "blend", Blend.ADDITIVE),
     ("ssim_share", 0.25, "loss", L1SSIMLoss(0.75, 0.25)),
-    ("densify", True, "densify", DensifyConfig()),
+    ("loss", "l2", "loss", l2_loss),
+    ("growth", "gradient", "densify", DensifyConfig(max_gaussians=24)),
+    ("growth", "error", "densify", ErrorGrowth(max_gaussians=24, growth=4 ** (1 / 7) - 1)),
 ])
 def test_a_control_moved_while_it_runs_reaches_the_trainer(live, name, value, field, expected):
     click(live, "run")
@@ -437,24 +642,48 @@ def test_a_control_moved_while_it_runs_reaches_the_trainer(live, name, value, fi
     assert live.session.state is State.RUNNING and live.message.value == ""
 
 
-def test_densification_is_steered_by_its_four_controls(live):
-    for name, value in dict(every_n_steps=2, grad_threshold=1e-7, max_gaussians=11, densify=True).items():
+def test_growth_by_gradient_is_steered_by_its_controls(live):
+    for name, value in dict(every_n_steps=2, grad_threshold=1e-7, max_gaussians=11, growth="gradient").items():
         live.controls[name].value = value
     click(live, "run")
     wait_for(lambda: len(live.trainer.scene) == 11)
-    live.controls["densify"].value = False
+    live.controls["growth"].value = "none"
     wait_for(lambda: live.trainer.config.densify is None)
 
 
-def test_growth_by_error_is_left_alone_until_densify_is_touched():
+def test_growth_by_error_is_steered_by_its_controls(live):
+    live = LiveTrainer(TRUTH, change(n_iterations=100))
+    for name, value in dict(rounds=5, max_gaussians=17, growth="error").items():
+        live.controls[name].value = value
+    shown = {name for name in ("every_n_steps", "grad_threshold", "rounds", "max_gaussians") if live.controls[name].layout.display is None}
+    assert shown == {"rounds", "max_gaussians"}
+    click(live, "run")
+    assert live.session.wait(30) and len(live.trainer.scene) == 17
+
+
+def test_growth_of_a_configuration_is_left_alone_until_its_controls_are_touched():
     growth = ErrorGrowth(max_gaussians=20)
     live = LiveTrainer(TRUTH, change(densify=growth))
-    assert not live.controls["densify"].value
-    for name, value in dict(lr=1e-3, every_n_steps=7, max_gaussians=30).items():
+    assert live.controls["growth"].value == "error" and live.controls["max_gaussians"].value == 20
+    for name, value in dict(lr=1e-3, every_n_steps=7, n_gaussians=9).items():
         live.controls[name].value = value
-    assert live.trainer.config.densify == growth
-    live.controls["densify"].value = True
+    assert live.trainer.config.densify == live.session.config.densify == growth
+    live.controls["max_gaussians"].value = 30
+    assert live.trainer.config.densify.max_gaussians == 30
+    live.controls["growth"].value = "gradient"
     assert live.trainer.config.densify == DensifyConfig(every_n_steps=7, max_gaussians=30)
+
+
+def test_a_loss_of_your_own_is_left_alone_and_can_be_chosen_again():
+    def own(image, target):
+        return (image - target).abs().mean()
+
+    live = LiveTrainer(TRUTH, change(loss=own))
+    assert live.controls["loss"].value == "own" and live.controls["ssim_share"].disabled
+    live.controls["loss"].value = "l1_ssim"
+    assert live.trainer.config.loss == L1SSIMLoss(1 - live.controls["ssim_share"].value, live.controls["ssim_share"].value)
+    live.controls["loss"].value = "own"
+    assert live.trainer.config.loss is own
 
 
 def test_the_blend_control_shows_the_blend_in_effect():
@@ -468,9 +697,18 @@ def test_the_blend_control_shows_the_blend_in_effect():
 
 def test_what_needs_a_reset_says_so_and_then_happens(live):
     live.controls["n_gaussians"].value = 13
-    assert "Reset" in live.message.value and "Gaussians" in live.message.value and len(live.trainer.scene) == 6
+    notice = live.settings.notice
+    assert "Reset" in notice.value and "Gaussians" in notice.value and len(live.trainer.scene) == 6
     click(live, "reset")
-    assert len(live.trainer.scene) == 13
+    assert len(live.trainer.scene) == 13 and notice.value == ""
+    click(live, "run")
+    live.controls["seed"].value = 7
+    assert "seed" in notice.value
+    click(live, "reset")
+    wait_for(lambda: live.trainer.config.seed == 7)
+    assert notice.value == "" and live.session.state is State.RUNNING
+    click(live, "run")
+    click(live, "reset")
     live.controls["init_level"].value = InitLevel.EXACT
     assert live.controls["n_gaussians"].disabled and live.controls["n_gaussians"].value == 6
     click(live, "reset")
@@ -499,7 +737,7 @@ def test_an_error_while_training_is_shown_with_its_text_and_not_as_markup(live):
 
 
 def upload(live, name, content):
-    live.upload.value = ({"name": name, "type": "image/png", "size": len(content), "content": memoryview(content), "last_modified": datetime.now()},)
+    live.choices.upload.value = ({"name": name, "type": "image/png", "size": len(content), "content": memoryview(content), "last_modified": datetime.now()},)
 
 
 def png(width, height):
@@ -515,18 +753,53 @@ def test_an_uploaded_picture_becomes_the_target_and_a_broken_one_changes_nothing
     assert live.session.state is State.RUNNING and live.session.ground_truth is TRUTH
     upload(live, "red.png", png(500, 250))
     assert live.trainer.ground_truth.image.shape == (192, 384, 3), "shrunk to max_side"
+    assert live.trainer.config == fit_config(192, 384) and live.controls["n_gaussians"].value == 192 * 384 // 40
     assert [level for _, level in live.controls["init_level"].options] == [InitLevel.CONTENT, InitLevel.RANDOM]
     assert live.session.state is State.RUNNING and "red.png" in live.message.value
+
+
+def test_an_uploaded_photograph_is_fitted_as_fit_image_does_it(live):
+    file = io.BytesIO()
+    Image.open(default_portrait()).resize((96, 112)).save(file, "png")
+    upload(live, "portrait.png", file.getvalue())
+    click(live, "run")
+    assert live.session.wait(120) and live.trainer.history[-1].psnr > 29
+    plain = fit_image(live.session.ground_truth, progress=False)
+    for name in PARAMETER_NAMES:
+        assert torch.equal(getattr(plain.scene, name), getattr(live.trainer.scene, name))
+
+
+def test_another_number_of_gaussians_takes_the_recipe_along(live):
+    live.choices.picture.value = "portrait of Grace Hopper"
+    size = live.trainer.ground_truth.image.shape[:2]
+    before = live.trainer.config
+    live.controls["n_gaussians"].value = 200
+    assert live.trainer.config == before, "all of it waits for the reset"
+    click(live, "reset")
+    assert live.trainer.config == fit_config(*size, 200) and live.controls["max_gaussians"].value == 200
+
+
+def test_every_preset_of_every_picture_starts(live):
+    for picture in list(live.choices.picture.options):
+        live.choices.picture.value = picture
+        for preset in live.choices.preset.options[1:]:
+            live.choices.preset.value = preset
+            click(live, "step")
+            assert live.session.state is State.PAUSED and preset in live.message.value, live.words.value
+            assert live.controls["n_gaussians"].value == live.trainer.config.n_gaussians
+    live.choices.picture.value = live.choices.picture.options[0]
+    assert live.session.ground_truth is TRUTH and live.session.config.n_gaussians == 6
 
 
 def test_save_buttons_write_what_they_say(live):
     click(live, "run")
     wait_for(lambda: live.trainer.steps_done > 5)
     click(live, "scene")
-    path = live.message.value.removeprefix("Saved ")
-    assert len(Gaussians2D.load(path)) == 6
+    assert len(Gaussians2D.load(saved(live))) == 6
+    data = re.search('<a download="live-step-\\d+.json" href="data:application/json;base64,(.*?)">', live.message.value)[1]
+    assert base64.b64decode(data) == Path(saved(live)).read_bytes()
     click(live, "image")
-    with Image.open(live.message.value.removeprefix("Saved ")) as image:
+    with Image.open(saved(live)) as image:
         assert image.size == (32, 24)
 
 
@@ -537,9 +810,23 @@ def test_the_video_button_records_until_it_is_pressed_again(live):
     click(live, "run")
     wait_for(lambda: live.trainer.steps_done > 20)
     live.video.value = False
-    path = live.message.value.removeprefix("Saved ").split(":")[0]
-    capture = cv2.VideoCapture(path)
-    assert capture.isOpened() and capture.read()[0], path
+    capture = cv2.VideoCapture(saved(live))
+    assert capture.isOpened() and capture.read()[0], live.message.value
+    assert live.files.film.player.value.startswith("<video") and "Download" in live.message.value
+
+
+def test_the_video_button_pressed_while_idle_waits_for_the_run_and_may_be_pressed_again(live):
+    live.video.value = True
+    assert "from the next Run on" in live.message.value
+    live.video.value = False
+    assert "Nothing was recorded" in live.message.value and "did not work" not in live.message.value
+    live.video.value = True
+    click(live, "reset")
+    assert live.video.value, "a reset of what has not begun changes nothing"
+    click(live, "run")
+    wait_for(lambda: live.trainer.steps_done > 3)
+    click(live, "stop")
+    assert "Saved" in live.message.value and not live.video.value
 
 
 def test_a_video_of_a_run_that_ends_is_saved_by_itself(live):
@@ -552,7 +839,7 @@ def test_a_video_of_a_run_that_ends_is_saved_by_itself(live):
 
 def test_a_folder_that_cannot_be_written_is_said_in_the_view(live, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    live.folder = tmp_path / "file"
+    live.files.folder = tmp_path / "file"
     for name in ("scene", "image"):
         click(live, name)
         assert "did not work" in live.message.value
@@ -599,7 +886,7 @@ def test_a_closed_view_leaves_a_still_picture_and_nothing_else_open():
         assert len(left) == 5 * k, "a box and a text, with their layouts, and the text's style"
         assert all(part in left for widget in left for part in parts_of(widget)), "no open widget asks for a closed one"
     assert live.box.children == (live.words,) and "closed" in live.words.value
-    assert live.words.value.count('src="data:image/png;base64,') == 2 == live.words.value.count("<img alt=")
+    assert live.words.value.count('src="data:image/jpeg;base64,') == 3 == live.words.value.count("<img alt=")
     words = live.words.value
     live.close()
     live.session.reset()
@@ -658,5 +945,5 @@ def test_bad_arguments_are_refused_and_leave_the_open_view_alone(live):
 
 def test_a_picture_gets_settings_that_suit_one():
     live = LiveTrainer(np.random.default_rng(0).random((40, 60, 3)))
-    assert live.session.config.init_level is InitLevel.CONTENT and live.session.config.n_gaussians == 300
+    assert live.session.config == fit_config(40, 60)
     assert InitLevel.EXACT not in [level for _, level in live.controls["init_level"].options]

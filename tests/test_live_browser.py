@@ -98,7 +98,8 @@ def jupyterlab(folder: Path):
 class Lesson:
     "What a person sees and does."
 
-    def __init__(self, page):
+    def __init__(self, page, address, path):
+        self.address, self.path = address, path
         self.page, self.cells = page, page.locator(".jp-Notebook .jp-CodeCell")
         self.panel_cell, self.probe_cell, self.busy_cell, self.foreground_cell = (self.cells.nth(self.cells.count() - k) for k in (4, 3, 2, 1))
         # What cells put out, never their source.
@@ -145,7 +146,7 @@ class Lesson:
 
     def picture(self) -> str:
         "The pixels that are on the screen."
-        return self.panel.locator("img").first.evaluate("""image => {
+        return self.panel.locator(".gs2d-stage img").first.evaluate("""image => {
             const canvas = Object.assign(document.createElement('canvas'), {width: 64, height: 48});
             canvas.getContext('2d').drawImage(image, 0, 0, 64, 48);
             return image.complete && image.naturalWidth ? canvas.toDataURL() : '';
@@ -171,7 +172,7 @@ def lesson(tmp_path_factory):
         page.goto(f"{address}/doc/tree/lesson.ipynb?token={TOKEN}")
         page.wait_for_selector(".jp-Notebook .jp-CodeCell")
         page.wait_for_selector("#jp-main-statusbar >> text=/\\| Idle/")
-        yield Lesson(page)
+        yield Lesson(page, address, folder / "lesson.ipynb")
         browser.close()
 
 
@@ -243,7 +244,9 @@ def test_stop_ends_the_thread(running):
     wait_for(lambda: running.state() == "done", "the end")
     end = running.probe()
     assert end["threads"] == 0 and end["state"] == "done" and running.probe()["steps"] == end["steps"]
-    assert running.panel.locator("button", has_text="Step").is_disabled()
+    assert running.panel.locator("button", has_text="Stop").is_disabled()
+    running.click("Run")  # and goes on from there
+    wait_for(lambda: running.step() > end["steps"] and running.state() == "running", "more steps")
 
 
 def test_running_the_cell_again_leaves_exactly_one_training_thread(running):
@@ -265,13 +268,18 @@ def test_an_interrupted_cell_leaves_nothing_running_unseen(running):
     assert running.probe()["threads"] == 0
 
 
-@pytest.mark.parametrize("width", [600, 1400])
-def test_nothing_is_clipped(running, width):
+@pytest.mark.parametrize("width", [600, 1000, 1400])
+def test_nothing_is_clipped_and_the_save_buttons_stay_together(running, width):
     running.page.set_viewport_size({"width": width, "height": 1000})
     outside = """panel => {
         const box = panel.getBoundingClientRect();
+        const saves = ['Scene', 'Image', 'Video'].map(name => [...panel.querySelectorAll('button')].find(e => e.innerText.includes(name)));
+        const tops = new Set(saves.map(e => Math.round(e.getBoundingClientRect().top)));
+        const cut = [...panel.querySelectorAll('button, .widget-label')].filter(e => e.offsetParent && e.scrollWidth > e.clientWidth + 1);
         return [...panel.querySelectorAll('button, select, input, img, label, .noUi-target, .widget-readout')]
-            .filter(e => e.offsetParent && (e.getBoundingClientRect().right > box.right + 1 || e.getBoundingClientRect().left < box.left - 1))
+            .filter(e => e.offsetParent && !e.closest('.gs2d-stage') && !e.closest('.gs2d-unseen'))
+            .filter(e => e.getBoundingClientRect().right > box.right + 1 || e.getBoundingClientRect().left < box.left - 1)
+            .concat(tops.size > 1 ? saves : [], cut)
             .map(e => e.outerHTML.slice(0, 80))
             .concat(panel.scrollWidth > panel.clientWidth + 1 ? ['it scrolls sideways'] : []);
     }"""
@@ -281,6 +289,40 @@ def test_nothing_is_clipped(running, width):
         wait_for(lambda: running.step() > 300, "something to see")
         running.page.screenshot(path=f"{folder}/live-{width}.png")
         running.panel.screenshot(path=f"{folder}/live-panel-{width}.png")
+
+
+def test_everything_has_a_name_and_no_title_says_null(running):
+    panel = running.panel
+    assert panel.locator("[title='null']").count() == 0
+    wait_for(lambda: None not in panel.locator(".noUi-handle").evaluate_all("all => all.map(e => e.getAttribute('aria-label'))"), "names on the sliders")
+    assert "learning rate" in panel.locator(".noUi-handle").evaluate_all("all => all.map(e => e.getAttribute('aria-label'))")
+    unnamed = """panel => [...panel.querySelectorAll('img, input, select, button, progress, [role=slider]')].filter(e => e.offsetParent).filter(e =>
+        !(e.alt || e.getAttribute('aria-label') || e.title || e.innerText?.trim() || e.labels?.length || e.closest('label'))).map(e => e.outerHTML.slice(0, 120))"""
+    assert panel.evaluate(unnamed) == []
+
+
+def test_target_and_error_are_beside_the_render_which_stays_large(running):
+    running.page.set_viewport_size({"width": 1400, "height": 1000})
+    pictures = running.panel.locator(".gs2d-stage img")
+    wait_for(lambda: pictures.evaluate_all("all => all.filter(e => e.offsetParent && e.naturalWidth).length") == 3, "three pictures")
+    names = pictures.evaluate_all("all => all.filter(e => e.offsetParent).map(e => e.alt.split(':')[0])")
+    widths = pictures.evaluate_all("all => all.filter(e => e.offsetParent).map(e => e.getBoundingClientRect().width)")
+    assert names == ["render", "target", "error map"] and widths[0] > 1.5 * widths[1]
+
+
+def test_a_video_plays_inside_the_panel_and_can_be_downloaded(running):
+    running.click("Video")
+    before = running.step()
+    wait_for(lambda: running.step() > before + 50, "something to film")
+    running.click("Video")
+    video = running.panel.locator("video")
+    video.wait_for()
+    wait_for(lambda: video.evaluate("video => video.readyState >= 1 && video.duration > 0"), "a video that plays")
+    link = running.panel.locator("a[download$='.webm']")
+    assert link.get_attribute("href").startswith("data:video/webm;base64,")
+    with running.page.expect_download() as download:
+        link.click()
+    assert download.value.suggested_filename.startswith("live-step-")
 
 
 def test_a_broken_picture_shows_its_error_and_a_good_one_is_taken(running):
@@ -293,7 +335,7 @@ def test_a_broken_picture_shows_its_error_and_a_good_one_is_taken(running):
     running.panel.get_by_text("That did not work").wait_for()
     assert "not a picture" in running.panel.inner_text() and running.state() == "running"
     upload("dot.png", base64.b64decode(DOT))
-    running.panel.get_by_text("dot.png").wait_for()
+    running.panel.get_by_text("dot.png: 16 pixels wide").wait_for()
     assert running.probe()["threads"] == 1
 
 
@@ -321,9 +363,48 @@ def test_a_page_that_is_loaded_again_shows_what_the_closed_views_left(panel):
     page.wait_for_function("() => !document.querySelector('.jp-mod-dirty')")
     page.reload()
     page.wait_for_selector("#jp-main-statusbar >> text=/\\| Idle/")
-    panel.panel.locator("img[alt='The last picture']").wait_for()
+    panel.panel.locator("img[alt^='render']").wait_for()
     opened.locator("button", has_text="Run").wait_for()
     assert "closed" in panel.panel.inner_text() and page.get_by_text("Loading widget").count() == 0
     if folder := os.environ.get("GS2D_SCREENSHOTS"):
         panel.panel.scroll_into_view_if_needed()
         panel.panel.screenshot(path=f"{folder}/live-closed.png")
+
+
+def visible(page, words) -> int:
+    "How many times these words are to be seen, outside of the source of cells."
+    return page.locator(".jp-OutputArea-output", has_text=words).locator("visible=true").count()
+
+
+def test_a_saved_notebook_that_is_opened_without_its_kernel_shows_still_pictures(panel):
+    "The kernel that knew the views is gone. What is left of them is a number, and the still that was stored beside it."
+    page, headers = panel.page, {"Authorization": f"token {TOKEN}"}
+    page.keyboard.press("Control+s")
+    page.wait_for_function("() => !document.querySelector('.jp-mod-dirty')")
+    assert panel.panel.locator("visible=true").count() and not panel.panel_cell.locator(".jp-OutputArea-output").nth(1).is_visible()
+    for session in page.request.get(f"{panel.address}/api/sessions", headers=headers).json():
+        assert page.request.delete(f"{panel.address}/api/sessions/{session['id']}", headers=headers).ok
+    page.goto("about:blank")
+    page.goto(f"{panel.address}/doc/tree/lesson.ipynb?token={TOKEN}")  # which starts another kernel
+    page.wait_for_selector("#jp-main-statusbar >> text=/\\| Idle/")
+    stored = panel.panel_cell.locator("img[alt^='render']")
+    wait_for(lambda: visible(page, "Loading widget") == 0 and stored.locator("visible=true").count() == 1, "the still")
+    assert visible(page, "model not found") == 0
+    assert "step " in panel.panel_cell.locator(".jp-OutputArea").first.inner_text()
+    if folder := os.environ.get("GS2D_SCREENSHOTS"):
+        panel.panel_cell.scroll_into_view_if_needed()
+        panel.panel_cell.screenshot(path=f"{folder}/live-still.png")
+
+
+def test_a_page_made_of_the_saved_notebook_shows_still_pictures(panel):
+    stored = json.loads(panel.path.read_text())["cells"][-4]["outputs"]
+    assert [sorted(output["data"]) for output in stored] == [
+        ["application/vnd.jupyter.widget-view+json", "text/html", "text/plain"], ["text/html", "text/plain"]]
+    assert sum(len("".join(output["data"]["text/html"])) for output in stored) < 120_000
+    subprocess.run([sys.executable, "-m", "nbconvert", "--to", "html", panel.path.name], cwd=panel.path.parent, check=True, capture_output=True)
+    page = panel.page.context.browser.new_page()
+    page.goto(panel.path.with_suffix(".html").as_uri())
+    cell = page.locator(".jp-CodeCell").nth(panel.cells.count() - 4)
+    cell.locator("img[alt^='render']").wait_for(state="visible")
+    assert cell.locator("img").locator("visible=true").count() == 3 and "A live view" not in cell.inner_text()
+    page.close()

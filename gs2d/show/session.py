@@ -8,6 +8,7 @@ __all__ = ['ALLOWED', 'State', 'TrainingThread', 'pause_all', 'LiveSession']
 # %% ../../nbs/workshop/session.ipynb #export-imports
 # The state machine behind the panel: a thread, five states, requests to the thread. It trains through the one `run` of
 # gs2d.train, and knows no widgets. Whoever takes the steps is the worker: a thread, or the caller where there is none.
+import atexit
 import dataclasses
 import threading
 from collections import deque
@@ -29,12 +30,12 @@ class State(str, Enum):
     FAILED = "failed"  # `LiveSession.error` says why
 
 
-ALLOWED = {  # what each state lets you do; a reset is always allowed
+ALLOWED = {  # what each state lets you do, under the conditions of `LiveSession.allows`; a reset is always allowed
     State.IDLE: {"run", "step"},
     State.RUNNING: {"pause", "stop"},
     State.PAUSED: {"run", "step", "stop"},
-    State.DONE: set(),
-    State.FAILED: set(),
+    State.DONE: {"run", "step"},  # where steps are left
+    State.FAILED: {"run", "step"},  # once a lower learning rate, or another setting, lets it go on
 }
 
 # %% ../../nbs/workshop/session.ipynb #session-thread
@@ -54,6 +55,19 @@ def pause_all(but: "LiveSession | None" = None) -> None:
         if thread.name == TrainingThread.NAME and thread.session is not but:
             thread.session.pause()
 
+
+def _end_all() -> None:
+    "At the exit of Python: a thread that is cut off in the middle of a kernel would abort the process."
+    for thread in threading.enumerate():
+        if thread.name == TrainingThread.NAME:
+            thread.session.stop()
+
+
+def _end_at_exit() -> None:
+    "Have the training ended first of all, so that a step under way still finds what it needs."
+    atexit.unregister(_end_all)
+    atexit.register(_end_all)
+
 # %% ../../nbs/workshop/session.ipynb #session-real
 class LiveSession:
     """A training run to start, pause, step, change and stop from outside, while a thread takes its steps.
@@ -66,12 +80,13 @@ class LiveSession:
         self,
         ground_truth: GroundTruth,
         config: TrainConfig,
-        watch: Callable[[], None] = lambda: None,  # called after each step, by who took it, and when the state changes
+        watch: Callable[[], None] = lambda: None,  # called after each step, by who took it, and at rest after every change
         threaded: bool = True,  # False: `run` itself takes the steps, until done or interrupted
     ):
         self.ground_truth, self.config, self.watch, self.threaded = ground_truth, config, watch, threaded
         self.trainer = make_trainer(config, ground_truth=ground_truth)
         self.state, self.error = State.IDLE, None
+        self._failed = None  # the configuration with which a step failed
         self._rest = threading.Condition()  # one caller at a time may start and change; notified when the work is over
         self._worker = self._thread = None  # who trains and draws at present; the last thread in the background
         self._n_runs = 0  # started so far
@@ -86,8 +101,9 @@ class LiveSession:
                 return
             self._stop.clear()
             self._n_runs += 1
-            self._then, self.state = State.PAUSED, State.RUNNING
+            self._then, self.state, self.error = State.PAUSED, State.RUNNING, None
             if self.threaded:
+                _end_at_exit()
                 self._worker = self._thread = TrainingThread(self, self._work)
                 self._thread.start()
                 return
@@ -100,9 +116,9 @@ class LiveSession:
             if self._may("step"):
                 try:
                     self.trainer.step()
-                    self.state = State.PAUSED if self.trainer.progress < 1 else State.DONE
+                    self.state, self.error = State.PAUSED if self.trainer.progress < 1 else State.DONE, None
                 except Exception as error:
-                    self.state, self.error = State.FAILED, error
+                    self.state = self._fail(error)
                 self.watch()
 
     def pause(self) -> None:
@@ -110,7 +126,7 @@ class LiveSession:
         self._halt(State.PAUSED)
 
     def stop(self) -> None:
-        "Stop after the present step, for good."
+        "Stop after the present step, and call that the end; `run` goes on all the same where steps are left."
         with self._rest:
             while not self._halt(State.DONE):
                 pass
@@ -118,24 +134,33 @@ class LiveSession:
                 self.state = State.DONE
                 self.watch()
 
-    def reset(self, ground_truth: GroundTruth | None = None) -> None:
-        "Start again with the configuration as it is, and another picture if one is given. If it was running, it runs."
+    def reset(self, ground_truth: GroundTruth | None = None, config: TrainConfig | None = None) -> None:
+        "Start again, with another picture or configuration if they are given. If it was running, it runs."
         if self._is_worker():  # which cannot wait for itself: somebody else does
-            threading.Thread(target=self.reset, args=(ground_truth,), daemon=True).start()
+            threading.Thread(target=self.reset, args=(ground_truth, config), daemon=True).start()
             return
         with self._rest:
             was_running = self.state is State.RUNNING
             while not self._halt(State.PAUSED):
                 pass
-            self.ground_truth = ground_truth or self.ground_truth
+            self.ground_truth, self.config = ground_truth or self.ground_truth, config or self.config
             try:
                 self.trainer = make_trainer(self.config, ground_truth=self.ground_truth)
                 self.state, self.error = State.IDLE, None
-            except (TypeError, ValueError) as error:
-                self.state, self.error = State.FAILED, error
+            except (TypeError, ValueError, MemoryError) as error:
+                self.state, self.error, self._failed = State.FAILED, error, None
             self.watch()
         if was_running and self.threaded:
             self.run()
+
+    def extend(
+        self,
+        steps: int,  # to add to those of the run
+    ) -> None:
+        "Make the run longer, and go on: also after its end. The schedules follow the longer run."
+        steps += max(self.trainer.steps_done, self.config.n_iterations if self.config.seconds is None else 0)
+        self.change(n_iterations=steps, seconds=None)
+        self.run()
 
     def wait(
         self,
@@ -153,19 +178,42 @@ class LiveSession:
             thread.join()  # it has nothing left to do
         return True
 
-    def change(self, **fields) -> None:
+    def change(
+        self,
+        *,
+        later: bool = False,  # True: all of it waits for the next reset
+        **fields,
+    ) -> None:
         "Change the configuration: what is in CHANGEABLE from the next step on, what is `waiting` from the next reset."
         with self._rest:
             self.config = dataclasses.replace(self.config, **fields)
-            now = {name: value for name, value in fields.items() if name in CHANGEABLE}
+            now = {name: value for name, value in fields.items() if name in CHANGEABLE and not later}
             if now:
                 self._post(lambda: self.trainer.update(**now))
+            if self._worker is None:
+                self.watch()  # what the state allows may be different now
 
     @property
     def waiting(self) -> list[str]:
         "The fields of the configuration that the next reset will change."
         fields = ("n_gaussians", "init_level", "seed")
         return [name for name in fields if getattr(self.config, name) != getattr(self.trainer.config, name)]
+
+    def allows(self, what: str) -> bool:
+        "Whether the present state allows it: see ALLOWED."
+        if what not in ALLOWED[self.state] or self.state not in (State.DONE, State.FAILED):
+            return what in ALLOWED[self.state]
+        return self.trainer.progress < 1 and (self.state is State.DONE or self._mended())
+
+    @property
+    def advice(self) -> str:
+        "What leads on from FAILED, in words."
+        if self.state is not State.FAILED or self._failed is None:
+            return "" if self.state is not State.FAILED else "Change the settings, and press Reset."
+        if self._mended():
+            return "Press Run to go on from the last good step."
+        lower = isinstance(self.error, FloatingPointError)
+        return f"{'Lower the learning rate' if lower else 'Change a setting'}, then Run goes on from the last good step."
 
     def ask(self, question: Callable):
         "What `question()` returns, called between two steps, so that it sees the trainer at rest."
@@ -201,9 +249,21 @@ class LiveSession:
         except KeyboardInterrupt:  # outside the loop, where `run` does not catch it
             pass
         except Exception as error:
-            after, self.error = State.FAILED, error
+            after = self._fail(error)
         finally:
             self._settle(after)
+
+    def _fail(self, error: Exception) -> State:
+        "Note what went wrong, and with which settings. The trainer is the one after the last good step."
+        self.error, self._failed = error, self.trainer.config
+        return State.FAILED
+
+    def _mended(self) -> bool:
+        "Whether what led to the error is different now."
+        now, failed = self.trainer.config, self._failed
+        if failed is None:
+            return False
+        return now.lr < failed.lr if isinstance(self.error, FloatingPointError) else now != failed
 
     def _attend(self, trainer: Trainer, records: Iterator[StepRecord]) -> Iterator[StepRecord]:
         "The wrapper of the loop: serve the requests, watch, and end it when asked to."
@@ -237,7 +297,7 @@ class LiveSession:
         "Whether the state allows it, once the run before has come to rest."
         if self.state is not State.RUNNING:
             self.wait()
-        return self._worker is None and what in ALLOWED[self.state]
+        return self._worker is None and self.allows(what)
 
     def _halt(self, then: State) -> bool:
         "End the present run, and wait for that. False if somebody else has started the next one meanwhile."
