@@ -149,7 +149,7 @@ def convert(
 # %% ../../nbs/workshop/cli_scenes.ipynb #view-code
 def view(
     scene: Annotated[Path, _SCENE],
-    target: Annotated[Path | None, _option("A picture to compare with, of the part of the plane that the scene shows.")] = None,
+    target: Annotated[Path | None, _option("A picture to compare with: what the scene was fitted to.")] = None,
     out: Annotated[Path | None, _option("The page to write. [default: a temporary one]", "FILE.html")] = None,
     overwrite: Overwrite = False,
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page.")] = True,

@@ -36,7 +36,7 @@ _LARGEST_PNG = 60_000  # bytes; a larger picture becomes a JPEG
 
 
 def _as_url(picture: Tensor, longest: int | None = None) -> str:
-    "A picture (H, W, C) as text that HTML can hold, of at most so many pixels a side; exact where that is small, if no side is given."
+    "A picture (H, W, C) as text for HTML: exact where that is small, or a JPEG of at most so many pixels a side."
     image, exact, small = to_pil(picture.detach().cpu()), io.BytesIO(), io.BytesIO()
     if longest is not None:
         image.thumbnail((longest, longest))
@@ -128,7 +128,7 @@ class Page:
         data: bytes,  # HTML, as `page_bytes` gives it
         height: int = 560,  # of the frame, CSS pixels
         label: str = "A scene of Gaussians to look around in",  # of the frame, for those who cannot see it
-        still: Tensor | None = None,  # (H, W, C) the picture where frames are not shown: on GitHub, in untrusted notebooks
+        still: Tensor | None = None,  # (H, W, C) where frames are not shown, as in untrusted notebooks
     ):
         self.data, self.height, self.label, self.still = data, whole("height", height), label, still
 
