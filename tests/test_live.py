@@ -605,7 +605,7 @@ def test_progress_time_and_the_end_of_growth_are_said(live):
     wait_for(lambda: "to go" in live.words.value or live.session.state is State.DONE)
     assert live.session.wait(30)
     assert "growth ended at step 20" in live.words.value and "spent" in live.words.value
-    assert re.search('<progress aria-label="[^"]+" value="1.0000"', live.words.value)
+    assert re.search('<progress aria-label="[^"]+" style="[^"]+" value="1.0000"', live.words.value)
 
 
 def test_each_run_has_a_row_and_the_one_before_is_a_ghost(live):

@@ -6,18 +6,17 @@
 __all__ = ['CHOOSE', 'picture_name', 'Choices']
 
 # %% ../../nbs/workshop/choices.ipynb #export-imports
-# Lists of pictures and presets in front of a session. A picture of a run is known by its name, in the table of runs too.
+# Lists of pictures and presets in front of a session. A picture is known by its name, in the table of runs too.
 import html
 import io
 import os
-from collections.abc import Callable
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import ipywidgets as widgets
 
 from ..ground_truth import GroundTruth
-from .controls import Settings, column, text
+from .controls import Attempt, Settings, column, text
 from .presets import PRESETS, SAMPLES, preset_names, suited
 
 # %% ../../nbs/workshop/choices.ipynb #names
@@ -63,7 +62,7 @@ class Choices:
 
     def connect(
         self,
-        attempt: Callable[[Callable[[], str | None]], None],  # calls what it is given, and shows its answer or its error
+        attempt: Attempt,
     ) -> None:
         "From now on a choice acts."
         act = {self.picture: lambda value: self.take(value), self.preset: lambda value: self.use(value),

@@ -85,7 +85,7 @@ class Screen:
             step=button("Step", "step-forward", "Take one step"),
             stop=button("Stop", "stop", "End this run here; Run goes on all the same"),
             reset=button("Reset", "refresh", "Start again, with the settings as they are now"),
-            more=button(f"+{MORE} steps", "forward", f"Make the run {MORE} steps longer, and go on: also after its end"))
+            more=button(f"+{MORE} steps", "forward", "Make the run longer, and go on: also after its end"))
         self.picture, self.curves = PictureView(), CurvesView()
         self.words, self.table = text(), text()
         self._speed, self._grown, self._seen, self._drawn = Speed(), [], 0, None
@@ -141,7 +141,8 @@ class Screen:
         for name in ("run", "step", "stop"):
             asked = ("run", "pause") if name == "run" else (name,)
             self.buttons[name].disabled = not any(map(self.session.allows, asked))
-        bar = f'<progress aria-label="Progress of the run" value="{trainer.progress:.4f}" style="width: 100%"></progress>'
+        about = 'aria-label="Progress of the run" style="width: 100%"'
+        bar = f'<progress {about} value="{trainer.progress:.4f}"></progress>'
         span = '<span style="display: inline-block; margin-right: 1.5em">{}</span>'
         parts = self._parts(state)
         self.words.value = bar + "".join(map(span.format, parts))
@@ -172,7 +173,7 @@ class Screen:
 
     def still(self) -> str:
         "All of it as HTML that needs no widget."
-        names = dict.fromkeys((*self.picture.needed, "target"))
+        names = dict.fromkeys((self.picture.view, "target", *self.picture.needed))
         shown = {View(name).label: getattr(self.picture, f"{name}_frame") for name in names}
         figures = [small_figure(name, data, self.picture.description) for name, data in shown.items() if data]
         return self.words.value + in_a_row(*figures, f"<div>{self.curves.still()}</div>") + self.table.value
@@ -268,7 +269,8 @@ class LiveTrainer:
     def _arranged(self) -> widgets.VBox:
         "All the widgets, in rows that wrap where the window is narrow."
         save = widgets.HBox([*self.files.buttons.values(), self.video], layout=widgets.Layout(max_width="100%"))
-        picture, curves = column(self.picture, basis="420px", widest="860px"), column(self.curves, basis="320px", widest="560px")
+        picture = column(self.picture, basis="420px", widest="860px")
+        curves = column(self.curves, basis="320px", widest="560px")
         return widgets.VBox([
             row(*self.screen.buttons.values(), save), self.words, row(picture, curves), self.message,
             self.files.film.player, row(self.choices.group, *self.settings.groups), self.screen.table, Labels()])

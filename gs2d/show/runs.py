@@ -150,6 +150,7 @@ class Runs:
         pairs = [*zip(self.rows, [None, *self.rows])]
         line, style = "<tr>{}</tr>".format, "overflow-x: auto; font-variant-numeric: tabular-nums"
         head = line("".join(f'<th scope="col" {cell}>{name}</th>' for name in heads))
-        body = [line("".join(f'<td {cell}>{html.escape(words)}</td>' for words in row.cells(before))) for row, before in pairs]
+        cells = [[html.escape(words) for words in row.cells(before)] for row, before in pairs]
+        body = [line("".join(f"<td {cell}>{words}</td>" for words in row)) for row in cells]
         rows = f'<caption style="text-align: left"><b>Runs</b></caption>{head}{"".join(reversed(body))}'
         return f'<div style="{style}"><table class="gs2d-runs">{rows}</table></div>'

@@ -80,7 +80,7 @@ class LiveSession:
         self,
         ground_truth: GroundTruth,
         config: TrainConfig,
-        watch: Callable[[], None] = lambda: None,  # called after each step, by who took it, and at rest after every change
+        watch: Callable[[], None] = lambda: None,  # called after each step, by who took it, and at rest after a change
         threaded: bool = True,  # False: `run` itself takes the steps, until done or interrupted
     ):
         self.ground_truth, self.config, self.watch, self.threaded = ground_truth, config, watch, threaded
@@ -212,8 +212,8 @@ class LiveSession:
             return "" if self.state is not State.FAILED else "Change the settings, and press Reset."
         if self._mended():
             return "Press Run to go on from the last good step."
-        lower = isinstance(self.error, FloatingPointError)
-        return f"{'Lower the learning rate' if lower else 'Change a setting'}, then Run goes on from the last good step."
+        what = "Lower the learning rate" if isinstance(self.error, FloatingPointError) else "Change a setting"
+        return f"{what}, then Run goes on from the last good step."
 
     def ask(self, question: Callable):
         "What `question()` returns, called between two steps, so that it sees the trainer at rest."
