@@ -299,6 +299,7 @@ def test_replay_writes_the_page_when_the_run_ends_also_by_an_error(tmp_path):
     (lambda: replay("x.webm"), "expected a path that ends in .html, got '.webm'"),
     (lambda: save_html(some_scene(), "x.txt"), "expected a path that ends in .html, got '.txt'"),
     (lambda: save_html(3, "x.html"), "expected a scene, a TrainResult or a Recorder, got int"),
+    (lambda: save_html(Image.new("L", (2, 2)), "x.html"), "expected a scene, a TrainResult or a Recorder, got Image"),
     (lambda: Recorder(1), "moments: expected a whole number of at least 2, got 1"),
 ])
 def test_wrong_calls_are_told(call, message):

@@ -174,7 +174,7 @@ def pixels(tab, view=None, name="gs2d", width=WIDTH, height=HEIGHT):
     code = f"""([w, h, view]) => {{ const bytes = {name}.pixels(w, h, view); let text = "";
       for (let i = 0; i < bytes.length; i += 4096) text += String.fromCharCode(...bytes.subarray(i, i + 4096)); return btoa(text); }}"""
     raw = base64.b64decode(tab.evaluate(code, [width, height, view or {}]))
-    return torch.tensor(list(raw), dtype=torch.float32).reshape(height, width, 4) / 255
+    return torch.tensor(np.frombuffer(raw, np.uint8).reshape(height, width, 4), dtype=torch.float32) / 255
 
 
 def within(scene, domain):
@@ -372,17 +372,20 @@ def test_space_plays_and_pauses(opened):
     tab.keyboard.press(".")
     moment = tab.evaluate("gs2d.moment")
     assert moment == int(moment)
+    tab.evaluate("gs2d.setMoment(3.8)")
     tab.get_by_role("button", name="Play").click()
     tab.wait_for_function("!gs2d.playing && gs2d.moment === 4")  # it stops at the end
+    tab.keyboard.press("Space")
+    tab.wait_for_function("gs2d.playing && gs2d.moment > 0 && gs2d.moment < 3")  # and starts anew
 
 
 def test_whoever_wants_less_motion_sees_whole_moments(opened):
     tab = opened(recording()[0], reduced_motion="reduce")
     tab.evaluate("""() => { window.seen = []; const set = gs2d.setMoment.bind(gs2d);
-      gs2d.setMoment = (t) => { seen.push(t); set(t); }; gs2d.play(); }""")
+      gs2d.setMoment = (t) => { seen.push(t); set(t); }; set(1.5); gs2d.play(); }""")
     tab.wait_for_function("!gs2d.playing")
     seen = tab.evaluate("seen")
-    assert set(seen) <= {0, 1, 2, 3, 4} and len(set(seen)) > 2
+    assert seen == sorted(seen) and set(seen) == {1, 2, 3, 4}
 
 
 # ---------------------------------------------------------------------------------------------- hands and keys
@@ -436,6 +439,10 @@ def test_the_wheel_and_the_mouse_move_the_picture(opened):
     assert tab.evaluate(place, [x + 40, y - 20]) == pytest.approx(before) and view_of(tab)["x"] > start["x"]
     tab.mouse.dblclick(x, y)
     assert view_of(tab)["zoom"] == pytest.approx(2 * start["zoom"])
+    start = view_of(tab)
+    tab.mouse.down(button="right")  # it opens a menu, which may swallow the end of a drag
+    tab.mouse.move(x + 40, y, steps=2)
+    assert view_of(tab) == start
 
 
 def test_two_fingers_zoom(opened):
@@ -447,6 +454,55 @@ def test_two_fingers_zoom(opened):
         touch.send("Input.dispatchTouchEvent", dict(type=kind, touchPoints=points))
     tab.wait_for_function("Math.abs(gs2d.view.zoom - 3) < 0.05")
     assert abs(view_of(tab)["x"]) < 0.2
+
+
+def in_a_frame(tab, page):
+    "The page as Jupyter shows it, an <iframe srcdoc>, which has no address of its own, on a page that is longer than the screen."
+    tab.evaluate("""(html) => { const frame = document.createElement("iframe"); frame.srcdoc = html; frame.sandbox = "allow-scripts";
+      frame.style = "display: block; width: 100%; height: 300px; margin: 50px 0 3000px"; document.body.replaceChildren(frame); }""", html_of(page))
+    frame = tab.frames[1]
+    frame.wait_for_function("window.gs2d")
+    frame.evaluate("gs2d.idle()")
+    return frame
+
+
+def test_a_page_in_a_frame_zooms_once_it_was_clicked(opened):
+    page, [scene] = page_of([random_scene()])
+    tab = opened(page)
+    frame = in_a_frame(tab, page)
+    assert_same(pixels(frame), expected(scene))
+    tab.mouse.move(400, 150)
+    tab.mouse.wheel(0, 60)
+    tab.wait_for_function("scrollY === 60")
+    assert view_of(frame)["zoom"] == 1
+    tab.mouse.click(400, 150)
+    tab.mouse.wheel(0, -60)
+    frame.wait_for_function("gs2d.view.zoom > 1")
+    assert tab.evaluate("scrollY") == 60
+
+
+def test_a_finger_scrolls_the_page_around_a_frame_and_two_take_hold_of_the_picture(opened):
+    page, _ = page_of([random_scene()])
+    tab = opened(page, has_touch=True, is_mobile=True, size=(360, 640))
+    frame, touch = in_a_frame(tab, page), tab.context.new_cdp_session(tab)
+
+    def move(*fingers, steps=6):
+        "Fingers, each from a place to a place."
+        for i in range(steps + 1):
+            points = [dict(x=a + (c - a) * i / steps, y=b + (d - b) * i / steps, id=k) for k, ((a, b), (c, d)) in enumerate(fingers)]
+            touch.send("Input.dispatchTouchEvent", dict(type="touchMove" if i else "touchStart", touchPoints=points))
+        touch.send("Input.dispatchTouchEvent", dict(type="touchEnd", touchPoints=[]))
+
+    move(((180, 200), (180, 150)))
+    tab.wait_for_function("scrollY > 10")
+    assert view_of(frame) == dict(x=0, y=0, zoom=1)
+    scrolled = tab.evaluate("scrollY")
+    move(((180, 130), (180, 110)), ((180, 170), (180, 190)))
+    frame.wait_for_function("Math.abs(gs2d.view.zoom - 2) < 0.05")
+    before = view_of(frame)
+    move(((180, 150), (180, 190)))
+    frame.wait_for_function("(y) => gs2d.view.y > y + 0.3", arg=before["y"])
+    assert tab.evaluate("scrollY") == scrolled
 
 
 def blobs(blend=Blend.WEIGHTED):
@@ -472,6 +528,9 @@ def test_pointing_at_a_gaussian_shows_its_numbers(opened):
     tab.mouse.move(x, y + unit * 2.5)
     tab.wait_for_function("document.querySelector('.gs2d-card').hidden")
     tab.mouse.click(x, y + unit)  # a click keeps it
+    tab.wait_for_function("document.querySelector('.gs2d-card').innerText.includes('share here')")
+    tab.evaluate("gs2d.setOptions({ size: 0.5 }); gs2d.idle()")
+    assert "share" not in card.inner_text()  # with other Gaussians it would be another one
     tab.mouse.move(x, y + unit * 2.5)
     tab.evaluate("gs2d.idle()")
     assert card.locator("dd").first.inner_text() == "1" and tab.evaluate("gs2d.picked.pinned")
@@ -487,6 +546,30 @@ def test_enter_picks_the_gaussian_in_the_middle(opened):
     tab.keyboard.press("Enter")
     tab.wait_for_function("document.querySelector('[role=status]').textContent.startsWith('Gaussian 0')")
     assert tab.evaluate("gs2d.picked.index") == 0
+
+
+def test_all_numbers_of_gaussians_can_be_reached_by_keys(opened):
+    tab = opened(page_of([random_scene(7)])[0])
+    tab.get_by_label("Gaussians shown").focus()
+    seen = []
+    for _ in range(12):
+        tab.keyboard.press("PageDown")
+        tab.evaluate("gs2d.idle()")
+        seen.append(tab.evaluate("gs2d.options.shown"))
+    assert seen == sorted(seen, reverse=True) and set(seen) >= {1, 2, 3, 4, 5, 6}
+    tab.keyboard.press("End")
+    tab.evaluate("gs2d.idle()")
+    assert tab.evaluate("gs2d.options.shown") is None
+    tab.evaluate("gs2d.setOptions({ shown: 3 }); gs2d.idle()")
+    assert float(tab.get_by_label("Gaussians shown").input_value()) == pytest.approx(math.log(3, 7), abs=0.005)
+
+
+@pytest.mark.parametrize("renderer", RENDERERS)
+def test_nothing_lies_behind_a_transparent_picture(opened, renderer):
+    page, _ = page_of([random_scene()], target=torch.zeros(6, 10, 4))
+    tab = opened(page, json.dumps(dict(renderer=renderer, controls=False, wipe=0.5)), size=(400, 300))
+    drawn = screenshot(tab.locator(".gs2d-stage"))
+    assert (drawn[60:130, 210:] == drawn[10, 390]).all() and drawn[60:130, :190].std() > 0.05
 
 
 def test_wipe_shows_the_picture_to_reach(opened):
@@ -515,7 +598,7 @@ def test_wipe_shows_the_picture_to_reach(opened):
 
 # ------------------------------------------------------------------------------------- every screen and everybody
 
-@pytest.mark.parametrize("size", [(360, 640), (320, 480), (1280, 720)])
+@pytest.mark.parametrize("size", [(360, 640), (320, 480), (1280, 720), (700, 240)])
 def test_nothing_is_wider_than_the_screen(opened, size):
     tab = opened(recording(target=torch.zeros(6, 10, 3), title="A long title that goes on and on " * 4)[0], size=size)
     assert tab.evaluate("document.documentElement.scrollWidth") <= size[0]
@@ -524,6 +607,39 @@ def test_nothing_is_wider_than_the_screen(opened, size):
         box = control.bounding_box()
         inside = control.get_attribute("class") == "gs2d-wipe" or (box["x"] >= 0 and box["x"] + box["width"] <= size[0])
         assert inside and box["y"] + box["height"] <= size[1] and min(box["width"], box["height"]) >= 24, control.get_attribute("aria-label")
+
+
+def test_text_is_as_large_as_the_person_wants_it(opened):
+    tab = opened(recording(target=torch.zeros(6, 10, 3))[0], size=(1280, 720))
+    tab.evaluate("document.documentElement.style.fontSize = '32px'; gs2d.idle()")
+    assert tab.locator(".gs2d-when").evaluate("(node) => getComputedStyle(node).fontSize") == "28px"
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 1280
+    for control in tab.locator("button:visible").all():
+        box, fits = control.bounding_box(), control.evaluate("(node) => node.scrollWidth <= node.clientWidth + 1")
+        assert fits and box["x"] + box["width"] <= 1280 and box["y"] + box["height"] <= 720, control.get_attribute("aria-label")
+
+
+def test_colours_that_the_system_forces_and_paper(opened):
+    tab = opened(page_of([random_scene()])[0], forced_colors="active")
+    tab.evaluate("gs2d.setOptions({ outlines: true }); gs2d.idle()")
+    colors = tab.locator("[aria-pressed]").evaluate_all("(nodes) => nodes.map((node) => getComputedStyle(node).backgroundColor)")
+    assert colors[0] != colors[1]
+    tab.emulate_media(media="print")
+    assert tab.locator(".gs2d-bar").is_hidden()
+    widths = tab.locator("canvas").evaluate_all("(nodes) => nodes.map((node) => { node.style.width = '9999px'; return node.offsetWidth; })")
+    assert widths == [800, 800]  # paper is narrower than the window, and nothing draws the picture anew for it
+
+
+def test_a_screen_reader_is_told_names_and_hears_nothing_while_it_plays(tab):
+    scene = random_scene(1)
+    page, _ = page_of([scene, scene])
+    show(tab, page | dict(title=""), "canvas")
+    tab.evaluate("plain.idle()")
+    root = tab.locator("body > div")
+    assert root.locator(".gs2d-scene").get_attribute("aria-label") == "2D Gaussians, a picture made of 1 Gaussian"
+    assert root.locator(".gs2d-over").get_attribute("aria-label").startswith("2D Gaussians: plus and minus zoom")
+    assert root.locator(".gs2d-when").inner_text() == "step 100 · 21.00 dB · 1 Gaussian"
+    assert root.locator("output, [aria-live], [role=status], [role=log]").count() == 1  # the one that speaks when the hands rest
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -537,17 +653,6 @@ def test_everybody_can_use_it(opened, scheme):
         bad = [(rule["id"], rule["nodes"][0]["html"]) for rule in found if rule["impact"] in ("serious", "critical")]
         assert not bad, bad
         tab.keyboard.press("?")
-
-
-def test_a_page_in_a_frame(opened):
-    "As Jupyter shows it: an <iframe srcdoc>, which has no address of its own."
-    page, [scene] = page_of([random_scene()])
-    tab = opened(page)
-    tab.evaluate("""(html) => { const frame = document.createElement("iframe"); frame.srcdoc = html; frame.style = "width: 500px; height: 400px";
-      frame.sandbox = "allow-scripts"; document.body.replaceChildren(frame); }""", html_of(page))
-    frame = tab.frames[1]
-    frame.wait_for_function("window.gs2d")
-    assert_same(pixels(frame), expected(scene))
 
 
 # --------------------------------------------------------------------------------------------- where it goes wrong
