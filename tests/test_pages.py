@@ -219,6 +219,8 @@ def test_a_recorder_tells_the_run_and_changes_nothing(densify, blend):
     assert steps[0] == 0 and steps[-1] == 80 and steps == sorted(set(steps)) and 15 <= len(steps) <= 21
     assert steps[1] - steps[0] < steps[-1] - steps[-2]
     assert densify is None or len(moments[0].ids) < len(moments[-1].ids)
+    if densify is None:  # angles as they are: on its way from one moment to the next none takes a turn
+        assert_close(moments[-1].values["rotations"][:, 0], result.scene.rotations.detach().double().numpy(), rtol=0, atol=0)
     assert abs(moments[-1].about["psnr"] - result.psnr) < 1e-4
     if densify is not None and type(densify) is DensifyConfig:
         assert recorder.recording().parents

@@ -226,6 +226,19 @@ def test_fields_of_32_bits_are_exact(tab):
     assert_same(pixels(tab, name=show(tab, page)), expected(kept))
 
 
+@pytest.mark.parametrize("renderer", RENDERERS)
+def test_extreme_gaussians_are_drawn_or_left_out_as_by_render(tab, renderer):
+    "Far, huge, tiny, thin, opaque and without opacity; two of them pass what `render` draws, and would be seen."
+    means = [[0.3, 0.2], [2e11, 0.0], [1.0, 0.05], [-2.0, 1.0], [-2.0, 1.0], [3.0, -1.0], [1e6, 1e6]]
+    log_scales = [[20.0, 18.0], [25.5, 25.5], [0.0, -17.0], [-0.5, -0.5], [-0.5, -0.5], [-9.0, -12.0], [14.0, 14.0]]
+    colors = [[0.3, 0.1, 0.2], [0.0, 9.0, 0.0], [9.0, 0.0, 9.0], [0.0, 0.0, 0.0], [40.0, -1.0, 9.0], [1.0, 1.0, 1.0], [0.1, 0.2, 0.3]]
+    logits = torch.tensor([-3.0, 0.0, 2.0, 30.0, 30.0, 2.0, -200.0])
+    values = *map(torch.tensor, (means, log_scales)), torch.zeros(7), logits, torch.tensor(colors)
+    for blend in Blend:
+        page, [scene] = page_of([Gaussians2D(*values, DOMAIN, blend, (0.1, 0.2, 0.3))], exact=True)
+        assert_same(pixels(tab, name=show(tab, page, renderer)), expected(scene))
+
+
 def test_targets_of_16_bits_do_where_there_is_nothing_better(tab):
     "As on many phones."
     for blend in Blend:
@@ -272,13 +285,14 @@ def test_a_deep_zoom_does_not_tremble(tab, renderer, blend):
     assert pixels(tab, view, name)[..., :3].std() > 0.05
 
 
-@pytest.mark.parametrize("renderer", RENDERERS)
-def test_what_is_on_the_screen_is_the_picture_the_right_way_up(opened, renderer):
+@pytest.mark.parametrize("renderer, fine", [("webgl2", 1), ("canvas", 2)])
+def test_what_is_on_the_screen_is_the_picture_the_right_way_up(opened, renderer, fine):
+    "Also where a pixel of the page is four of the screen."
     page, [scene] = page_of([random_scene(seed=5)])
-    tab = opened(page, json.dumps(dict(renderer=renderer, controls=False)), size=(400, 300))
+    tab = opened(page, json.dumps(dict(renderer=renderer, controls=False)), size=(400, 300), device_scale_factor=fine)
     drawn = screenshot(tab.locator(".gs2d-stage"))
-    assert_same(drawn[30:270], expected(scene, width=400, height=240)[..., :3])  # 10 by 6 units in 400 by 300 pixels
-    assert drawn.shape == (300, 400, 3) and (drawn[:30] == drawn[0, 0]).all()  # the page around it
+    assert_same(drawn[30 * fine:270 * fine], expected(scene, width=400 * fine, height=240 * fine)[..., :3])  # 10 by 6 units
+    assert drawn.shape == (300 * fine, 400 * fine, 3) and (drawn[:30 * fine] == drawn[0, 0]).all()  # the page around it
 
 
 def test_four_channels_lie_on_a_chequerboard(opened):
@@ -356,6 +370,9 @@ def test_a_recording_opens_with_its_end_and_is_scrubbed(opened):
     tab.evaluate("gs2d.idle()")
     assert tab.evaluate("gs2d.moment") == 2 and tab.locator(".gs2d-when").inner_text() == "step 200 · 22.00 dB · 5 Gaussians"
     assert_same(pixels(tab), expected(scenes[2]))
+    for key, moment in ("Home", 0), ("ArrowUp", 1), ("PageUp", 4), ("PageDown", 0), ("End", 4), (",", 3), (".", 4):
+        tab.keyboard.press(key)
+        assert tab.evaluate("gs2d.moment") == moment
     box = scrubber.bounding_box()
     tab.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     tab.evaluate("gs2d.idle()")
@@ -413,6 +430,13 @@ def test_keys_move_the_picture(opened):
     assert view_of(tab)["zoom"] == pytest.approx(1)
     tab.keyboard.press("0")
     assert view_of(tab) == dict(x=0, y=0, zoom=1)
+    tab.keyboard.press("ArrowLeft")
+    tab.keyboard.press("ArrowDown")
+    assert view_of(tab)["x"] < -0.1 and view_of(tab)["y"] < -0.1
+    tab.keyboard.press("Home")
+    assert view_of(tab) == dict(x=0, y=0, zoom=1)
+    tab.keyboard.press("c")  # there is no picture to compare with
+    assert tab.evaluate("gs2d.options.wipe") is None
     tab.keyboard.press("o")
     assert tab.evaluate("gs2d.options.outlines")
     tab.keyboard.press("?")
@@ -539,6 +563,40 @@ def test_pointing_at_a_gaussian_shows_its_numbers(opened):
     assert card.is_hidden()
 
 
+def test_what_is_picked_is_what_gives_most(tab):
+    def pick(blend, opacities, colors):
+        n = len(opacities)
+        scene = Gaussians2D(torch.zeros(n, 2), torch.zeros(n, 2), torch.zeros(n), torch.logit(torch.tensor(opacities)),
+                            torch.tensor(colors)[:, None].expand(n, 3), DOMAIN, blend)
+        show(tab, page_of([scene], exact=True)[0])
+        return tab.evaluate("(({ index, share }) => [index, share])(gs2d.pick(0, 0))")
+
+    assert pick(Blend.OVER, [0.6, 0.9], [1.0, 1.0]) == [0, pytest.approx(0.6)]  # the other one lies behind it
+    assert pick(Blend.ADDITIVE, [0.5, 0.9], [-0.9, 0.1]) == [0, None]  # it takes more away than the other one adds
+    assert pick(Blend.WEIGHTED, [0.2, 0.3], [1.0, 0.0]) == [1, pytest.approx(0.3 / 0.51)]
+    assert tab.evaluate("gs2d.pick(4.9, 2.9)") is None
+
+
+def test_the_view_stays_within_reach(tab):
+    show(tab, page_of([random_scene()])[0])
+    tab.evaluate("gs2d.setView({ x: 1e9, y: -1e9, zoom: 1e30 })")
+    assert view_of(tab) == dict(x=5, y=-3, zoom=1e11)
+    tab.evaluate("gs2d.setView({ zoom: 0 })")
+    assert view_of(tab)["zoom"] == 0.5
+    assert tab.evaluate("(() => { try { gs2d.setView({ x: NaN }); } catch (error) { return error.name; } })()") == "TypeError"
+
+
+def test_outlines_lie_at_two_standard_deviations(opened):
+    scene = Gaussians2D(torch.tensor([[1.0, 0.5]]), torch.tensor([[0.5, 0.25]]).log(), torch.tensor([math.pi / 6]), torch.tensor([-9.0]),
+                        torch.zeros(1, 3), DOMAIN, Blend.ADDITIVE)
+    tab = opened(page_of([scene], exact=True)[0], '{ "controls": false, "outlines": true }', size=(1000, 600))
+    drawn = screenshot(tab.locator(".gs2d-stage")).mean(-1)
+    rows, columns = (drawn > 0.3).nonzero().T + 0.5
+    turned = torch.stack([columns - 600, 250 - rows], -1) / 100 @ torch.tensor([[3**0.5, -1], [1, 3**0.5]]) / 2
+    far = (turned / torch.tensor([0.5, 0.25])).norm(dim=-1)
+    assert len(far) > 100 and 1.9 < far.min() and far.max() < 2.1
+
+
 def test_enter_picks_the_gaussian_in_the_middle(opened):
     tab = opened(page_of([blobs()])[0])
     tab.evaluate("gs2d.setView({ x: -3, y: 1, zoom: 2 })")
@@ -562,6 +620,20 @@ def test_all_numbers_of_gaussians_can_be_reached_by_keys(opened):
     assert tab.evaluate("gs2d.options.shown") is None
     tab.evaluate("gs2d.setOptions({ shown: 3 }); gs2d.idle()")
     assert float(tab.get_by_label("Gaussians shown").input_value()) == pytest.approx(math.log(3, 7), abs=0.005)
+
+
+def test_wipe_while_zoomed_shows_the_same_part_of_both(opened):
+    "A pixel of the picture to reach is a square, and lies where its part of the domain does."
+    target = (torch.rand(6, 10, 3, generator=torch.Generator().manual_seed(0)) * 255).round() / 255
+    page, [scene] = page_of([random_scene()], target=target)
+    tab = opened(page, '{ "controls": false, "wipe": 0.25 }', size=(400, 240))
+    tab.evaluate("gs2d.setView({ x: 2, y: -1, zoom: 3 }); gs2d.idle()")
+    drawn = screenshot(tab.locator(".gs2d-stage"))
+    x, y = 2 + (torch.arange(400) + 0.5 - 200) / 120, -1 - (torch.arange(240) + 0.5 - 120) / 120
+    shown = target[(3 - y).long()][:, (x + 5).long()]
+    right = (drawn - shown)[40:, 104:].abs().amax(-1) < 0.01
+    assert right.float().mean() > 0.95  # but for the handle and the edges of the pixels
+    assert ((drawn - expected(scene, dict(x=2, y=-1, zoom=3), 400, 240)[..., :3])[40:, :70].abs().amax(-1) < 0.01).all()
 
 
 @pytest.mark.parametrize("renderer", RENDERERS)
