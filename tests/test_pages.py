@@ -219,6 +219,8 @@ def test_a_recorder_tells_the_run_and_changes_nothing(densify, blend):
     assert steps[0] == 0 and steps[-1] == 80 and steps == sorted(set(steps)) and 15 <= len(steps) <= 21
     assert steps[1] - steps[0] < steps[-1] - steps[-2]
     assert densify is None or len(moments[0].ids) < len(moments[-1].ids)
+    if densify is None:  # angles as they are: on its way from one moment to the next none takes a turn
+        assert_close(moments[-1].values["rotations"][:, 0], result.scene.rotations.detach().double().numpy(), rtol=0, atol=0)
     assert abs(moments[-1].about["psnr"] - result.psnr) < 1e-4
     if densify is not None and type(densify) is DensifyConfig:
         assert recorder.recording().parents
@@ -299,6 +301,7 @@ def test_replay_writes_the_page_when_the_run_ends_also_by_an_error(tmp_path):
     (lambda: replay("x.webm"), "expected a path that ends in .html, got '.webm'"),
     (lambda: save_html(some_scene(), "x.txt"), "expected a path that ends in .html, got '.txt'"),
     (lambda: save_html(3, "x.html"), "expected a scene, a TrainResult or a Recorder, got int"),
+    (lambda: save_html(Image.new("L", (2, 2)), "x.html"), "expected a scene, a TrainResult or a Recorder, got Image"),
     (lambda: Recorder(1), "moments: expected a whole number of at least 2, got 1"),
 ])
 def test_wrong_calls_are_told(call, message):

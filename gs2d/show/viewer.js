@@ -15,6 +15,7 @@ const TEXELS = STRIDE / 4, IN_A_ROW = 256; // how they lie in a texture
 const clamp = (x, low, high) => Math.min(Math.max(x, low), high);
 const say = (x, digits = 3) => Number(x.toPrecision(digits)).toLocaleString("en", { maximumFractionDigits: 12 });
 const count = (n) => n.toLocaleString("en");
+const gaussians = (n) => `${count(n)} Gaussian${n === 1 ? "" : "s"}`;
 
 // ---------------------------------------------------------------------------------------------------- the data
 
@@ -525,15 +526,14 @@ export class Viewer {
   /** From 0 to the number of moments less one; between two moments the Gaussians are on their way. */
   setMoment(moment) {
     this.moment = this.#playhead = clamp(moment, 0, this.data.moments - 1);
-    this.#scene = null;
-    this.#change();
+    this.#renew();
   }
 
   setOptions(options) {
     for (const name of Object.keys(options)) if (!(name in this.options)) throw new TypeError(`no option ${name}`);
     Object.assign(this.options, options);
     this.root.dataset.theme = this.options.theme;
-    this.#scene = null;
+    if ("size" in options || "shown" in options) this.#renew();
     this.#change();
   }
 
@@ -656,6 +656,11 @@ export class Viewer {
     this.#change();
   }
 
+  #renew() { // other Gaussians: what the picked one gave to a place is no longer true
+    this.#scene = null;
+    if (this.picked) this.picked.share = null;
+    this.#change();
+  }
   #change() {
     this.#changed = true;
     this.#schedule();
@@ -709,12 +714,14 @@ export class Viewer {
     const screen = this.#project({ x, y, sx: unit * fine, sy: unit * fine, ...size, zoom });
     this.painter.show(screen, clip);
     for (const canvas of [this.painter.canvas, this.over]) canvas.style.cssText = `width: ${w}px; height: ${h}px`;
+    const wiped = this.target && this.options.wipe !== null; // the target may be transparent: nothing lies behind it
+    if (wiped) this.painter.canvas.style.clipPath = `inset(0 ${100 - 100 * this.options.wipe}% 0 0)`;
     this.ground.style.inset = `${seen.top}px ${w - seen.right}px ${h - seen.bottom}px ${seen.left}px`;
 
     const pen = this.over.getContext("2d");
     Object.assign(this.over, { width: Math.round(w * ratio), height: Math.round(h * ratio) }); // also clears it
     pen.scale(ratio, ratio);
-    if (this.target && this.options.wipe !== null) this.#drawTarget(pen, seen, { left, top, right, bottom }, w, ratio);
+    if (wiped) this.#drawTarget(pen, seen, { left, top, right, bottom }, w, ratio);
     const row = this.picked ? this.scene.ids.indexOf(this.picked.id) : -1;
     if (this.options.outlines) this.#drawOutlines(pen, screen.rows, [["#0006", 2], ["#fffc", 0.8]], w, h);
     if (row >= 0) this.#drawOutlines(pen, [row], [["#000c", 4], ["#fff", 2]], w, h, 4);
@@ -785,13 +792,15 @@ const range = (name, properties, change) =>
 const pairs = (list) => list.flatMap(([name, ...what]) => [element("dt", {}, name), element("dd", {}, ...what)]);
 const put = (node, text) => { if (node.textContent !== text) node.textContent = text; };
 
+const FRAMED = window.top !== window; // then one finger and the wheel scroll the page around, until the picture is clicked
+
 /** What a person sees around the picture, and does to it. */
 class Controls {
   #pointers = new Map();
 
   constructor(viewer) {
     this.viewer = viewer;
-    const { stage, over, root } = viewer, text = (name, className) => this[name] = element("output", { className });
+    const { stage, over, root } = viewer, text = (name, className) => this[name] = element("span", { className });
     const group = (...children) => element("span", { className: "gs2d-group" }, ...children);
     const set = (options) => {
       viewer.moving();
@@ -806,8 +815,10 @@ class Controls {
       wheel: (event) => this.#wheel(event), dblclick: (event) => viewer.zoomAt(2, event),
       pointerdown: (event) => this.#down(event), pointermove: (event) => this.#drag(event),
       pointerup: (event) => this.#up(event), pointercancel: (event) => this.#up(event),
+      touchmove: (event) => event.touches.length > 1 && event.preventDefault(), // two fingers never scroll
       pointerleave: () => viewer.hover(null) };
     for (const [name, run] of Object.entries(hands)) over.addEventListener(name, run, { passive: false });
+    root.classList.toggle("gs2d-framed", FRAMED);
     document.addEventListener("keydown", this.keydown = (event) => this.#key(event));
 
     this.divider = element("div", { className: "gs2d-divider" });
@@ -825,7 +836,7 @@ class Controls {
 
     this.size = range("Size of the Gaussians", { min: 0.05, max: 1, step: 0.01 }, (size) => set({ size }));
     this.shown = range("Gaussians shown, the most important first", { min: 0, max: 1, step: 0.005 },
-      (value) => set({ shown: value < 1 ? Math.round(this.#most ** value) : null }));
+      (value) => set({ shown: this.#shownAt(value) }));
     this.outlines = button("Outlines", "Outlines", () => set({ outlines: !viewer.options.outlines }));
     this.compare = button("Compare", "Compare", () => set({ wipe: viewer.options.wipe === null ? 0.5 : null }));
     const zoom = group(
@@ -837,8 +848,8 @@ class Controls {
     this.about = element("span");
     this.bar = element("div", { className: "gs2d-bar" }, this.timeline, element("div", { className: "gs2d-row" },
       element("div", { className: "gs2d-title" }, this.title, this.about), zoom,
-      element("label", {}, "Size", this.size, text("sizeText")),
-      element("label", {}, "Shown", this.shown, text("shownText")),
+      element("label", {}, "Size", this.size, text("sizeText", "gs2d-value")),
+      element("label", {}, "Shown", this.shown, text("shownText", "gs2d-value")),
       group(this.outlines, this.compare, help)));
     this.help = named("What you can do", element("dialog", { className: "gs2d-help" }, element("dl", {}, ...pairs(HELP)),
       button("Close", "Close", () => this.help.close())));
@@ -855,12 +866,12 @@ class Controls {
     const { data: { page, moments, starts }, over, painter, ground, target } = this.viewer;
     const title = typeof page.title === "string" ? page.title : "";
     const numbers = [...starts].slice(1).map((end, m) => end - starts[m]);
-    const many = `${count(numbers.at(-1))} Gaussian${numbers.at(-1) === 1 ? "" : "s"}`;
+    const many = gaussians(numbers.at(-1)), name = title || "2D Gaussians";
     this.#most = Math.max(2, ...numbers);
     this.title.textContent = title;
     this.about.textContent = `${many}, ${page.blend}`;
-    named(`${title}, a picture made of ${many}`, painter.canvas);
-    named(`${title}: plus and minus zoom, arrow keys move, Enter picks the Gaussian in the middle`, over);
+    named(`${name}, a picture made of ${many}`, painter.canvas);
+    named(`${name}: plus and minus zoom, arrow keys move, Enter picks the Gaussian in the middle`, over);
     ground.hidden = page.channels !== 4;
     this.compare.hidden = !target;
     this.timeline.hidden = moments < 2;
@@ -871,6 +882,7 @@ class Controls {
     this.curve.style.clipPath = `polygon(0% 100%, ${points.join()}, 100% 100%)`;
   }
   #most = 2; // Gaussians at any moment
+  #shownAt(value) { return value < 1 ? Math.round(this.#most ** value) : null; }
 
   /** What follows from the view, the moment and the options. */
   update() {
@@ -883,10 +895,11 @@ class Controls {
     put(this.note, zoom >= 8 ? "still sharp: a scene has no pixels" : "");
     put(this.sizeText, `${Math.round(100 * size)} %`);
     put(this.shownText, all ? "all" : count(shown));
-    put(this.when, [...words, `${count(many)} Gaussians`].filter(Boolean).join(" · "));
+    put(this.when, [...words, gaussians(many)].filter(Boolean).join(" · "));
     this.bar.hidden = !controls;
     this.size.value = size;
-    this.shown.value = all ? 1 : Math.log(Math.max(1, shown)) / Math.log(this.#most);
+    if (this.#shownAt(Number(this.shown.value)) !== shown) // else it stays where the hand has put it
+      this.shown.value = all ? 1 : Math.log(Math.max(1, shown)) / Math.log(this.#most);
     this.scrubber.value = moment;
     this.size.setAttribute("aria-valuetext", this.sizeText.textContent);
     this.shown.setAttribute("aria-valuetext", this.shownText.textContent);
@@ -939,15 +952,17 @@ class Controls {
 
   #wheel(event) {
     const { deltaY, deltaMode, ctrlKey } = event, { viewer } = this;
-    const inFrame = window.top !== window && document.activeElement !== viewer.over;
-    if ((inFrame && !ctrlKey) || (deltaY > 0 && viewer.view.zoom <= 0.5)) return; // the page around it scrolls
+    const passing = FRAMED && !viewer.over.matches(":focus");
+    if ((passing && !ctrlKey) || (deltaY > 0 && viewer.view.zoom <= 0.5)) return; // the page around it scrolls
     event.preventDefault();
     const notches = deltaY * [1, 16, 100][deltaMode] * (ctrlKey ? 0.01 : 0.0015); // a pinch on a pad comes with Ctrl
     viewer.zoomAt(Math.exp(-clamp(notches, -1, 1)), event);
   }
   #down(event) {
+    if (event.button) return; // a menu may open, and take the end of it
+    if (this.#pointers.size) this.viewer.over.focus(); // a second finger: from now on one finger moves the picture
     this.viewer.over.setPointerCapture(event.pointerId);
-    this.#pointers.set(event.pointerId, { clientX: event.clientX, clientY: event.clientY, path: 0 });
+    this.#pointers.set(event.pointerId, { clientX: event.clientX, clientY: event.clientY, path: 0, view: this.viewer.view });
   }
   #drag(event) {
     const pointer = this.#pointers.get(event.pointerId), { viewer } = this;
@@ -966,7 +981,9 @@ class Controls {
   #up(event) {
     const pointer = this.#pointers.get(event.pointerId);
     this.#pointers.delete(event.pointerId);
-    if (event.type === "pointerup" && pointer?.path <= 4) this.#pin(event);
+    if (!pointer) return;
+    if (event.type === "pointercancel") this.viewer.setView(pointer.view); // the page scrolls instead
+    else if (pointer.path <= 4) this.#pin(event);
   }
 
   #key(event) {

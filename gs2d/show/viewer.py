@@ -163,7 +163,7 @@ def save_html(
     A result has its target beside it, and a recorder the training to play. The numbers are rounded to what the eye
     needs.
     """
-    if not hasattr(what, "show"):
+    if not isinstance(what, (Gaussians2D, TrainResult, Recorder)):
         raise TypeError(f"expected a scene, a TrainResult or a Recorder, got {type(what).__name__}")
     return what.show().save(path)
 
