@@ -194,7 +194,7 @@ def running(panel):
     "The panel, reset and running."
     if panel.state() == "running":  # a reset of a run that runs would run on
         panel.click("Pause")
-        wait_for(lambda: panel.state() == "paused", "pause")
+        wait_for(lambda: panel.state() != "running", "pause")
     panel.click("Reset")
     wait_for(lambda: panel.state() == "idle", "a reset")
     panel.click("Run")
@@ -312,9 +312,12 @@ def test_target_and_error_are_beside_the_render_which_stays_large(running):
 
 def test_a_video_plays_inside_the_panel_and_can_be_downloaded(running):
     running.click("Video")
+    running.panel.get_by_text("Recording").wait_for()
     before = running.step()
-    wait_for(lambda: running.step() > before + 50, "something to film")
+    wait_for(lambda: running.step() > before + 20, "something to film")
     running.click("Video")
+    running.panel.get_by_text(re.compile("Saved|did not work|Nothing")).wait_for()
+    assert "Saved" in running.panel.inner_text()
     video = running.panel.locator("video")
     video.wait_for()
     wait_for(lambda: video.evaluate("video => video.readyState >= 1 && video.duration > 0"), "a video that plays")
@@ -336,7 +339,10 @@ def test_a_broken_picture_shows_its_error_and_a_good_one_is_taken(running):
     assert "not a picture" in running.panel.inner_text() and running.state() == "running"
     upload("dot.png", base64.b64decode(DOT))
     running.panel.get_by_text("dot.png: 16 pixels wide").wait_for()
-    assert running.probe()["threads"] == 1
+    wait_for(lambda: running.state() == "done", "the end of its run")
+    assert running.probe()["n"] == 16
+    running.panel.locator("select", has_text="known Gaussians").select_option("30 known Gaussians")
+    wait_for(lambda: running.state() == "idle", "the first picture")
 
 
 def test_in_the_foreground_the_cell_trains_until_it_is_interrupted(running):

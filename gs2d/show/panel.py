@@ -98,11 +98,12 @@ class Screen:
         "What is due while it runs, and all that is new where it rests. Says whether there is a new picture to show."
         running, trainer = self.session.state is State.RUNNING, self.session.trainer
         moment = (id(trainer), trainer.steps_done, self.session.state)
+        begun = running and (self._drawn is None or self._drawn[-1] is not State.RUNNING)
         new, self._drawn = moment != self._drawn, moment
         if not running:
             self._note_run()
         for draw, pace in self._drawings:
-            if running and pace.due():
+            if running and (pace.due() or begun and draw == self.say):  # that it runs is said at once
                 with pace:
                     draw()
             elif not running and (new or draw != self.draw_frame):
