@@ -802,6 +802,8 @@ def test_save_buttons_write_what_they_say(live):
     click(live, "image")
     with Image.open(saved(live)) as image:
         assert image.size == (32, 24)
+    click(live, "page")
+    assert len(Gaussians2D.load(saved(live))) == 6 and 'href="data:text/html;base64,' in live.message.value
 
 
 def test_the_video_button_records_until_it_is_pressed_again(live):

@@ -21,7 +21,7 @@ from .session import LiveSession, State
 
 # %% ../../nbs/workshop/live_files.ipynb #link
 MOST_BYTES = 24 * 2**20  # of a file that is put into the page
-_KINDS = {".json": "application/json", ".png": "image/png", ".webm": "video/webm"}
+_KINDS = {".json": "application/json", ".html": "text/html", ".png": "image/png", ".webm": "video/webm"}
 
 
 def saved_words(path: Path) -> str:
@@ -92,7 +92,7 @@ class Film:
 
 # %% ../../nbs/workshop/live_files.ipynb #files
 class Files:
-    "The three save buttons of a session, and the folder that they write to."
+    "The save buttons of a session, and the folder that they write to."
 
     def __init__(
         self,
@@ -104,9 +104,11 @@ class Files:
         self.film = Film(session, self._path, attempt)
         self.buttons = dict(
             scene=button("Scene", "save", "Save the Gaussians as a scene file (JSON)"),
-            image=button("Image", "image", "Save the render as a picture (PNG)"))
+            image=button("Image", "image", "Save the render as a picture (PNG)"),
+            page=button("Page", "globe", "Save the scene as a page to look around in, in any browser (HTML)"))
         self.buttons["scene"].on_click(lambda _: attempt(self.save_scene))
         self.buttons["image"].on_click(lambda _: attempt(self.save_image))
+        self.buttons["page"].on_click(lambda _: attempt(self.save_page))
 
     def save_scene(self) -> str:
         "The Gaussians as they are now, as JSON. Says where."
@@ -119,6 +121,10 @@ class Files:
         path = self._path(".png")
         save_picture(self._result().image, path)
         return saved_words(path)
+
+    def save_page(self) -> str:
+        "The Gaussians as they are now, beside their target, as a page for the browser. Says where."
+        return saved_words(self._result().show().save(self._path(".html")))
 
     def _result(self):
         return self.session.ask(lambda: self.session.trainer.result())
