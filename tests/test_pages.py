@@ -193,6 +193,14 @@ def test_identities_survive_growth_and_moments_give_back_their_rows(n, n_rounds,
         assert (np.abs(found[field["name"]] - moments[-1].values[field["name"]]) <= 0.5001 * step + 1e-12).all()
 
 
+def test_a_parent_that_was_gone_before_is_none():
+    values = raw_values(record_of(some_scene(1)))
+    still = recording_of(record_of(some_scene(1)))
+    moments = [Moment(np.array([k]), values, {}) for k in range(3)]
+    lives = lives_of(dataclasses.replace(still, moments=moments, order=np.arange(3), parents={1: 0, 2: 0}))
+    assert lives.parents.tolist() == [-1, 0, -1] and lives.births.tolist() == [0, 1, 2] and lives.deaths.tolist() == [1, 2, 3]
+
+
 def test_where_the_order_is_depth_rows_in_another_order_are_taken_for_others():
     family = Family(3, ordered=True)
     family.follow(np.array([2, 0, 1]))

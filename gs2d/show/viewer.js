@@ -17,7 +17,7 @@ const say = (x, digits = 3) => Number(x.toPrecision(digits)).toLocaleString("en"
 const count = (n) => n.toLocaleString("en");
 const gaussians = (n) => `${count(n)} Gaussian${n === 1 ? "" : "s"}`;
 
-// ---------------------------------------------------------------------------------------------------- the data
+// ------------------------------ the data
 
 /** What is wrong with a page, as one sentence for the person who opened it. */
 export class PageError extends Error {}
@@ -136,7 +136,7 @@ export function mostImportant(scene, shown) {
   return keep;
 }
 
-// -------------------------------------------------------------------------------------------------- projection
+// ------------------------------ projection
 
 /**
  * The Gaussians that reach a frame {x, y, sx, sy, width, height, zoom}: its centre in domain units, pixels per unit.
@@ -179,7 +179,7 @@ export function project(scene, frame, { size = 1, keep = null } = {}) {
   return { n, rows: rows.subarray(0, n), values: out, frame, data: scene.data };
 }
 
-// ----------------------------------------------------------------------------------------------------- drawing
+// ------------------------------ drawing
 
 /** RGBA bytes of projected Gaussians, row 0 on top; of four channels the colours are times alpha, as in `render`. */
 export function drawCPU({ n, values, frame, data }) {
@@ -418,7 +418,7 @@ export class GLRenderer {
   destroy() { this.gl.getExtension("WEBGL_lose_context")?.loseContext(); }
 }
 
-// ---------------------------------------------------------------------------------------------------- the viewer
+// ------------------------------ the viewer
 
 const REST = 160; // ms without movement after which the picture is drawn in all its pixels
 const LENGTH = 12; // s, of a recording played from its start to its end
@@ -477,7 +477,7 @@ export class Viewer {
     this.resized.observe(this.stage);
   }
 
-  // ------------------------------------------------------------------------------------------ what a program calls
+  // ------------------------------ what a program calls
 
   get renderer() { return this.painter.name; }
   get domain() {
@@ -596,7 +596,7 @@ export class Viewer {
     this.#waiting.splice(0).forEach((resolve) => resolve());
   }
 
-  // ------------------------------------------------------------------------------------------- what the hands call
+  // ------------------------------ what the hands call
 
   /** A pointer's place in domain units; without one, the middle of the picture. */
   placeOf(event) {
@@ -632,7 +632,7 @@ export class Viewer {
     this.picked = picked;
   }
 
-  // ------------------------------------------------------------------------------------------------------- drawing
+  // ------------------------------ drawing
 
   #newPainter(wanted) {
     const old = this.painter?.canvas, fresh = () => element("canvas", { className: "gs2d-scene", role: "img" });
@@ -705,8 +705,8 @@ export class Viewer {
     const ratio = Math.min(devicePixelRatio || 1, 4096 / Math.max(w, h)), fine = ratio * scale;
     const left = w / 2 + (domain.x0 - x) * unit, top = h / 2 + (y - domain.y1) * unit; // of the domain, in CSS pixels
     const right = left + domain.width * unit, bottom = top + domain.height * unit;
-    const seen = { left: clamp(left, 0, w), right: clamp(right, 0, w) };
-    Object.assign(seen, { top: clamp(top, 0, h), bottom: clamp(bottom, 0, h) });
+    const seen = {
+      left: clamp(left, 0, w), right: clamp(right, 0, w), top: clamp(top, 0, h), bottom: clamp(bottom, 0, h) };
     const clip = { x: Math.round(seen.left * fine), y: Math.round(seen.top * fine) };
     clip.width = Math.round(seen.right * fine) - clip.x;
     clip.height = Math.round(seen.bottom * fine) - clip.y;
@@ -755,7 +755,7 @@ export class Viewer {
   }
 }
 
-// -------------------------------------------------------------------------------------------------- the controls
+// ------------------------------ the controls
 
 const ICONS = {
   plus: "M8 3v10M3 8h10", minus: "M3 8h10", whole: "M3 6V3h3M10 3h3v3M13 10v3h-3M6 13H3v-3",
@@ -791,8 +791,12 @@ const range = (name, properties, change) =>
   named(name, element("input", { type: "range", ...properties, input: (event) => change(Number(event.target.value)) }));
 const pairs = (list) => list.flatMap(([name, ...what]) => [element("dt", {}, name), element("dd", {}, ...what)]);
 const put = (node, text) => { if (node.textContent !== text) node.textContent = text; };
+const tell = (slider, node, text) => {
+  put(node, text);
+  slider.setAttribute("aria-valuetext", text);
+};
 
-const FRAMED = window.top !== window; // then one finger and the wheel scroll the page around, until the picture is clicked
+const FRAMED = window.top !== window; // then one finger and the wheel scroll the page around it, until it is clicked
 
 /** What a person sees around the picture, and does to it. */
 class Controls {
@@ -818,7 +822,7 @@ class Controls {
       touchmove: (event) => event.touches.length > 1 && event.preventDefault(), // two fingers never scroll
       pointerleave: () => viewer.hover(null) };
     for (const [name, run] of Object.entries(hands)) over.addEventListener(name, run, { passive: false });
-    root.classList.toggle("gs2d-framed", FRAMED);
+    over.classList.toggle("gs2d-framed", FRAMED);
     document.addEventListener("keydown", this.keydown = (event) => this.#key(event));
 
     this.divider = element("div", { className: "gs2d-divider" });
@@ -893,17 +897,14 @@ class Controls {
     const words = [Number.isFinite(step) && `step ${count(step)}`, Number.isFinite(psnr) && `${psnr.toFixed(2)} dB`];
     put(this.zoom, `×${zoom < 1000 ? say(zoom, zoom < 100 ? 2 : 3) : zoom.toExponential(1).replace("e+", "e")}`);
     put(this.note, zoom >= 8 ? "still sharp: a scene has no pixels" : "");
-    put(this.sizeText, `${Math.round(100 * size)} %`);
-    put(this.shownText, all ? "all" : count(shown));
-    put(this.when, [...words, gaussians(many)].filter(Boolean).join(" · "));
+    tell(this.size, this.sizeText, `${Math.round(100 * size)} %`);
+    tell(this.shown, this.shownText, all ? "all" : count(shown));
+    tell(this.scrubber, this.when, [...words, gaussians(many)].filter(Boolean).join(" · "));
     this.bar.hidden = !controls;
     this.size.value = size;
     if (this.#shownAt(Number(this.shown.value)) !== shown) // else it stays where the hand has put it
       this.shown.value = all ? 1 : Math.log(Math.max(1, shown)) / Math.log(this.#most);
     this.scrubber.value = moment;
-    this.size.setAttribute("aria-valuetext", this.sizeText.textContent);
-    this.shown.setAttribute("aria-valuetext", this.shownText.textContent);
-    this.scrubber.setAttribute("aria-valuetext", this.when.textContent);
     this.outlines.setAttribute("aria-pressed", outlines);
     this.compare.setAttribute("aria-pressed", wipe !== null);
     this.wipe.hidden = this.divider.hidden = wipe === null || !target;
@@ -952,17 +953,18 @@ class Controls {
 
   #wheel(event) {
     const { deltaY, deltaMode, ctrlKey } = event, { viewer } = this;
-    const passing = FRAMED && !viewer.over.matches(":focus");
-    if ((passing && !ctrlKey) || (deltaY > 0 && viewer.view.zoom <= 0.5)) return; // the page around it scrolls
+    const passes = FRAMED && !ctrlKey && !viewer.over.matches(":focus");
+    if (passes || (deltaY > 0 && viewer.view.zoom <= 0.5)) return; // the page around it scrolls
     event.preventDefault();
     const notches = deltaY * [1, 16, 100][deltaMode] * (ctrlKey ? 0.01 : 0.0015); // a pinch on a pad comes with Ctrl
     viewer.zoomAt(Math.exp(-clamp(notches, -1, 1)), event);
   }
-  #down(event) {
-    if (event.button) return; // a menu may open, and take the end of it
-    if (this.#pointers.size) this.viewer.over.focus(); // a second finger: from now on one finger moves the picture
-    this.viewer.over.setPointerCapture(event.pointerId);
-    this.#pointers.set(event.pointerId, { clientX: event.clientX, clientY: event.clientY, path: 0, view: this.viewer.view });
+  #down({ button, pointerId, clientX, clientY }) {
+    const { over, view } = this.viewer;
+    if (button) return; // a menu may open, and take the end of it
+    if (this.#pointers.size) over.focus(); // a second finger: from now on one finger moves the picture
+    over.setPointerCapture(pointerId);
+    this.#pointers.set(pointerId, { clientX, clientY, path: 0, view });
   }
   #drag(event) {
     const pointer = this.#pointers.get(event.pointerId), { viewer } = this;
