@@ -14,7 +14,7 @@ from gs2d.renderer import render
 from gs2d.results import comparison, error_map
 from gs2d.show import views
 from gs2d.show.views import (
-    ERROR_FULL_SCALE, LEGENDS, Curves, View, draw_caption, draw_curve, draw_view, encode, overlay_outlines)
+    ERROR_FULL_SCALE, LEGENDS, View, draw_caption, draw_curve, draw_view, encode, overlay_outlines)
 from gs2d.train import StepRecord
 
 TRUTH = GroundTruth.random(6, 24, 32, seed=1)
@@ -146,15 +146,6 @@ def test_a_long_history_is_thinned_out_with_both_ends():
     assert len(losses) == 400 and losses[0][0] == 0 and losses[-1][0] == 4999 and losses == sorted(losses)
     assert views._losses([]) == [] and views._losses(history[:1]) == [(0, 1.0)]
     assert len(views._losses(history[:400])) == 400
-
-
-def test_curves_of_any_history_are_a_png_of_one_size():
-    curves, sizes = Curves(), set()
-    for n in (0, 1, 2, 1000):
-        history = [StepRecord(k, 1 / (k + 1), math.inf, 0.0, 1, 0.0) for k in range(n)]
-        sizes.add(Image.open(io.BytesIO(curves.png(history, 2000))).size)
-    assert len(sizes) == 1
-    assert curves.axes[0].get_xlim() == (0, 2000) and len(curves.axes[0].lines[0].get_xdata()) <= 302
 
 
 def test_png_is_exact_and_jpeg_is_small():

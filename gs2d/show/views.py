@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['LEGENDS', 'ERROR_FULL_SCALE', 'SHOWN_SIDE', 'overlay_outlines', 'View', 'draw_view', 'draw_caption', 'draw_curve',
-           'add_strips', 'Curves', 'encode', 'parts_at', 'gaussian_at']
+           'add_strips', 'encode', 'parts_at', 'gaussian_at']
 
 # %% ../../nbs/workshop/views.ipynb #export-imports
 # Views are (H, W, 3) uint8, RGB, row 0 on top. They are made from tensors; nothing here knows a trainer, or a widget.
-import io
 import math
 import os
 from collections.abc import Sequence
@@ -251,40 +250,6 @@ def add_strips(
     else:
         parts += [draw_caption(now, width)] * caption + ([draw_curve(losses, n_steps, width, 72)] if curve else [])
     return np.vstack(parts)
-
-# %% ../../nbs/workshop/views.ipynb #curves-real
-class Curves:
-    "Loss and PSNR so far, as a PNG. One figure, drawn again and again."
-
-    def __init__(self):
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-
-        self.figure = Figure(figsize=(4.8, 3.84), dpi=80, layout="none")
-        self.figure.subplots_adjust(left=0.14, right=0.97, top=0.93, bottom=0.12, hspace=0.35)
-        self.axes = self.figure.subplots(2, 1, sharex=True)
-        for ax, title, color in zip(self.axes, ("loss", "PSNR (dB)"), ("#D55E00", "#0072B2")):
-            ax.plot([], [], color=color)
-            ax.set_title(title, fontsize=10, loc="left")
-            ax.yaxis.set_major_locator(MaxNLocator(3))
-            ax.grid(alpha=0.3)
-        self.axes[1].xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        self.axes[1].set_xlabel("step")
-
-    def png(
-        self,
-        history: Sequence,  # records with `step`, `loss` and `psnr`
-        n_steps: int,  # of the whole run
-    ) -> bytes:
-        "Draw a run so far, thinned out to about 300 points."
-        done, history = len(history), [*history[:: 1 + len(history) // 300], *history[-1:]]
-        for ax, values in zip(self.axes, ([r.loss for r in history], [min(r.psnr, 99) for r in history])):
-            ax.lines[0].set_data([r.step for r in history], values)
-            low, high = min(values, default=0), max(values, default=1)
-            ax.set(xlim=(0, min(n_steps, 2 * done) or n_steps), ylim=(min(low, 0.9 * low), 1.05 * high + 1e-9))
-        file = io.BytesIO()
-        self.figure.savefig(file, format="png")
-        return file.getvalue()
 
 # %% ../../nbs/workshop/views.ipynb #encode
 def encode(
