@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import checks
 from .config import TrainConfig
-from .gaussians import PARAMETER_NAMES, Domain2D, Gaussians2D
+from .gaussians import Domain2D, Gaussians2D
 from .ground_truth import GroundTruth
 from .io.checkpoints import read_checkpoint
 from .records import StepRecord

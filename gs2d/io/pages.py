@@ -22,7 +22,6 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ..checks import background, interval, line, one_of, shown, whole

@@ -8,7 +8,6 @@ __all__ = ['NAMES', 'LOSS_NAMES', 'minutes', 'Speed', 'remaining_seconds', 'grow
 
 # %% ../../nbs/workshop/live_runs.ipynb #export-imports
 # Words about a trainer and about the runs of a session, as plain HTML. No widgets here, and no clock but the one given.
-import dataclasses
 import html
 import math
 import time
