@@ -71,6 +71,8 @@ def main() -> None:
             expect(path.is_file() and path.stat().st_size > 0, f"`gs2d fit` wrote no {name}")
         metrics = json.loads((folder / "fit" / "metrics.json").read_text())
         expect(metrics["steps"] == 20, f"expected 20 steps in metrics.json, got {metrics['steps']}")
+        run(gs2d, "view", folder / "fit" / "scene.json", "--out", folder / "scene.html", "--no-browser", **away)
+        expect("gs2d-viewer" in (folder / "scene.html").read_text(), "`gs2d view` wrote a page without its viewer")
         expect(metrics["version"] == probe["version"], f"metrics.json is of version {metrics['version']}")
     print(f"The wheel of gs2d {probe['version']} installs, and a fit of 20 steps writes {', '.join(RESULTS)}.")
 
