@@ -532,16 +532,30 @@ def test_a_finger_scrolls_the_page_around_a_frame_and_two_take_hold_of_the_pictu
             touch.send("Input.dispatchTouchEvent", dict(type="touchMove" if i else "touchStart", touchPoints=points))
         touch.send("Input.dispatchTouchEvent", dict(type="touchEnd", touchPoints=[]))
 
+    def settled():
+        "Waits until the page has rolled out, and what the fingers changed has reached the screen."
+        tab.wait_for_function("new Promise((say) => { const y = scrollY; setTimeout(() => say(scrollY === y), 250); })")
+
     move(((180, 200), (180, 150)))
     tab.wait_for_function("scrollY > 10")
     assert view_of(frame) == dict(x=0, y=0, zoom=1)
-    scrolled = tab.evaluate("scrollY")
-    move(((180, 130), (180, 110)), ((180, 170), (180, 190)))
-    frame.wait_for_function("Math.abs(gs2d.view.zoom - 2) < 0.05")
+    settled()
+    for _ in range(5):  # a busy machine can be too late to keep fingers from scrolling: then the browser takes them away
+        move(((180, 130), (180, 110)), ((180, 170), (180, 190)))
+        settled()
+        if view_of(frame)["zoom"] > 1.5:
+            break
     before = view_of(frame)
-    move(((180, 150), (180, 190)))
-    frame.wait_for_function("(y) => gs2d.view.y > y + 0.3", arg=before["y"])
-    assert abs(tab.evaluate("scrollY") - scrolled) < 10  # it may still have been rolling out; by the finger it would be 40
+    assert before["zoom"] > 1.5
+    for _ in range(5):
+        scrolled = tab.evaluate("scrollY")
+        move(((180, 150), (180, 190)))
+        settled()
+        if view_of(frame)["y"] > before["y"]:
+            break
+    assert tab.evaluate("scrollY") == scrolled and view_of(frame)["y"] > before["y"]
+    two = "[1, 2].map((identifier) => new Touch({ identifier, target: gs2d.over }))"
+    assert not frame.evaluate(f"gs2d.over.dispatchEvent(new TouchEvent('touchmove', {{ cancelable: true, touches: {two} }}))")
 
 
 def blobs(blend=Blend.WEIGHTED):
