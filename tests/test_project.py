@@ -5,6 +5,7 @@ Most of it reads source text; only two tests import the package, in an interpret
 import ast
 import configparser
 import graphlib
+import html
 import json
 import os
 import re
@@ -285,6 +286,15 @@ def test_every_figure_has_alternative_text(path):
             assert re.search(r"""\b(?:alt|title|aria-label)=["']\w""", tag), f"cell {cell['id']}: {tag[:80]}"
     for cell in cells(path, "markdown"):
         assert not re.search(r"!\[\s*\]\(", source(cell)), f"cell {cell['id']}: a picture without alternative text"
+
+
+@each_notebook
+def test_stored_pages_are_drawn_by_the_viewer_of_today(path):
+    "A page in an output has the viewer in it: who changes that runs the lessons again."
+    script = (ROOT / "gs2d" / "show" / "viewer.js").read_text(encoding="utf-8")
+    for cell_id, output in outputs(path):
+        for page in re.findall('srcdoc="([^"]*)"', "".join(output.get("data", {}).get("text/html", ""))):
+            assert script in html.unescape(page), f"cell {cell_id}"
 
 
 @each_notebook
