@@ -8,6 +8,9 @@ import numpy as np
 os.environ.setdefault("MPLBACKEND", "Agg")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a job in the background: some tests press Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
+for name in ("SIGTERM", "SIGHUP"):  # as under nohup: some tests close terminals
+    if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is signal.SIG_IGN:
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
 
 # Compiling a kernel takes seconds, so no deadline for an example; and what passes today must not fail tomorrow by chance.
 hypothesis.settings.register_profile("gs2d", deadline=None, derandomize=True)

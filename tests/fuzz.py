@@ -475,11 +475,11 @@ class Commands:
     VALUES = ["0", "1", "2", "-1", "7", "3.5", "nan", "inf", "-inf", "1e30", "1e-30", "1000000000", "9" * 400, "", "x", "None", "true", "black", "white", "0,0.5,1",
               "5,5,5", "1,1", "nan,0,0", "#ff8800", "#ff", "weighted", "over", "additive", "l1", "l2", "l1_ssim", "cpu", "cuda", "mps", "meta", "auto", "draft", "good",
               "means=0", "fog=1", "means=", "=", "gradient", "error", "random", "exact", "content", "noisy", "cosine", "constant", "ü\n", "a\x1b[2J", "--", "-",
-              "scene.json", "photo.png", "nowhere/x.png", "pictures", ".", "..", "/dev/null", "x.png", "x.gif", "x.webm", "x.json", "x.ply", "x.svg", "x.doc", "out", "x" * 300]
+              "scene.json", "photo.png", "nowhere/x.png", "pictures", ".", "..", "/dev/null", "x.png", "x.gif", "x.webm", "x.json", "x.ply", "x.svg", "x.html", "x.doc", "out", "x" * 300]
     # Options that bound the work come last, so that they hold.
     SMALL = {"fit": ["--steps", "2", "--n-gaussians", "9", "--max-side", "16"], "train": ["--steps", "2", "--n-gaussians", "9", "--height", "12", "--width", "14"],
-             "render": ["--width", "16", "--height", "12"], "info": [], "convert": [], "bench": ["--steps", "2", "--n-gaussians", "9", "--max-side", "16"]}
-    FIRST = {"fit": "photo.png", "train": None, "render": "scene.json", "info": "scene.json", "convert": "scene.json", "bench": "pictures"}
+             "render": ["--width", "16", "--height", "12"], "info": [], "convert": [], "view": ["--no-browser", "--out", "page.html"], "bench": ["--steps", "2", "--n-gaussians", "9", "--max-side", "16"]}
+    FIRST = {"fit": "photo.png", "train": None, "render": "scene.json", "info": "scene.json", "convert": "scene.json", "view": "scene.json", "bench": "pictures"}
 
     def __init__(self, folder: Path):
         sys.path.insert(0, str(HERE))
@@ -513,7 +513,7 @@ class Commands:
         if self.FIRST[name] and rng.random() < 0.9:
             arguments.append(self.FIRST[name] if rng.random() < 0.85 else str(rng.choice(self.VALUES)))
         if name == "convert":
-            arguments.append(str(rng.choice(["x.safetensors", "x.ply", "x.svg", "x.glsl", *self.VALUES])))
+            arguments.append(str(rng.choice(["x.safetensors", "x.ply", "x.svg", "x.glsl", "x.html", *self.VALUES])))
         for _ in range(rng.integers(0, 4) if self.options[name] else 0):
             option, is_flag = self.options[name][rng.integers(len(self.options[name]))]
             arguments += [option] if is_flag else [option, str(rng.choice(self.VALUES))]

@@ -205,6 +205,7 @@ def test_a_replay_that_cannot_be_written_is_refused_before_training(name, expect
 @pytest.mark.parametrize("starts", [True, False])
 def test_view_opens_a_page_in_the_browser(monkeypatch, starts):
     opened = []
+    monkeypatch.setattr("tempfile.tempdir", str(Path.cwd()))
     monkeypatch.setattr("webbrowser.open", lambda address: opened.append(address) or starts)
     said = succeeds("view", scene("small.json", height=20, width=40)).stdout
     path = Path(said.split(",")[0])
