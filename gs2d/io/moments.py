@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from .scene_record import SceneRecord
+from .scene_record import PARAMETERS, SceneRecord, parameters_of
 
 # %% ../../nbs/workshop/moments.ipynb #moment
 CHANNELS = dict(means=2, log_scales=2, rotations=1, opacity_logits=1)  # numbers of a Gaussian, beside its colours
@@ -57,11 +56,11 @@ def raw_values(
     half_turns: bool = True,  # an ellipse looks the same after half a turn, so that angles need only be in [0, π)
 ) -> dict[str, np.ndarray]:  # raw parameter -> (N, numbers), float64
     "The raw parameters of a scene."
-    logits = torch.logit(record.opacities).clamp(-_MOST_LOGIT, _MOST_LOGIT)
-    rotations = record.rotations % math.pi if half_turns else record.rotations
-    values = (record.means, record.scales.log(), rotations, logits, record.colors)
-    columns = (value if value.ndim == 2 else value[:, None] for value in values)
-    return {name: value.numpy() for name, value in zip([*CHANNELS, "colors"], columns)}
+    values = {name: value.double() for name, value in parameters_of(record).items()}
+    values["opacity_logits"].clamp_(-_MOST_LOGIT, _MOST_LOGIT)
+    if half_turns:
+        values["rotations"] %= math.pi
+    return {name: (value if value.ndim == 2 else value[:, None]).numpy() for name, value in values.items()}
 
 
 def recording_of(record: SceneRecord, target: Tensor | None = None, title: str = "") -> Recording:
@@ -78,7 +77,7 @@ def _tolerances(moments: Sequence[Moment]) -> dict[str, float]:
     "The largest step of each field."
     scales = np.concatenate([moment.values["log_scales"] for moment in moments])
     if not len(scales):
-        return dict.fromkeys([*CHANNELS, "colors"], 1.0)
+        return dict.fromkeys(PARAMETERS, 1.0)
     small = np.exp(np.quantile(scales.min(1), 0.05))
     long = np.exp(np.quantile(np.abs(scales[:, 0] - scales[:, 1]), 0.9))  # times as long as wide
     return dict(means=0.1 * small, log_scales=0.03, rotations=0.1 / long, opacity_logits=0.06, colors=0.008)

@@ -24,11 +24,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checks import background, interval, line, one_of, shown, whole
+from ..checks import line, one_of, shown, whole
 from .files import atomic_write
 from .moments import BITS, CHANNELS, Recording, decoded, encoded, fields_of, recording_of, size_of
 from .pictures import to_pil
-from .scene_record import BLENDS, SceneRecord, checked_record
+from .scene_record import (
+    KAPPA, EPSILON, MOST_OPAQUE, SceneRecord, activated, checked_record, parsed)
 
 # %% ../../nbs/workshop/pages.ipynb #target-url
 _LARGEST_PNG = 60_000  # bytes; a larger picture becomes a JPEG
@@ -47,13 +48,12 @@ def _as_url(picture: Tensor, longest: int | None = None) -> str:
 
 # %% ../../nbs/workshop/pages.ipynb #header
 _VERSION = 1
-_CUTOFF = 1 / 255  # the weight below which a Gaussian is not drawn, as `gs2d.gaussians.CUTOFF_WEIGHT`
 
 
 def _constants(blend: str) -> dict:
-    "What the viewer's formulas need, as in gs2d.gaussians, which lies above this module."
-    floor = _CUTOFF if blend == "weighted" else 0.0
-    return dict(cutoff_power=-2 * math.log(_CUTOFF), floor=floor, eps=0.01, max_alpha=0.99)
+    "What the viewer's formulas need."
+    floor = KAPPA if blend == "weighted" else 0.0
+    return dict(cutoff_power=-2 * math.log(KAPPA), floor=floor, eps=EPSILON, max_alpha=MOST_OPAQUE)
 
 
 def _header(recording: Recording) -> dict:
@@ -167,10 +167,7 @@ def _read_header(data: bytes) -> dict:
     found = _SCRIPT.search(data)
     if found is None:
         raise ValueError("expected a page that gs2d wrote, got other HTML, or part of a page")
-    try:
-        header = json.loads(found[1])
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"expected JSON in the page, got something else ({line(error, 120)})") from None
+    header = parsed(found[1], "JSON in the page")
     if not isinstance(header, dict) or header.get("format") != "gs2d-page" or header.get("version") != _VERSION:
         got = shown((header.get("format"), header.get("version")) if isinstance(header, dict) else header)
         raise ValueError(f"expected format 'gs2d-page' version {_VERSION}, got {got}")
@@ -237,9 +234,7 @@ def _from_header(header: dict) -> SceneRecord:
     counts = [whole("n of a moment", moment.get("n"), lowest=0, highest=n) for moment in moments]
     fields = _read_fields(header, channels)
     values = decoded(_inflated(header, counts, n, fields), counts, n, fields)
-    means, log_scales, rotations, logits, colors = (torch.from_numpy(value) for value in values.values())
-    return checked_record(SceneRecord(
-        means, log_scales.exp(), rotations[:, 0], logits[:, 0].sigmoid(), colors,
-        interval("x_dim", header.get("x_dim")), interval("y_dim", header.get("y_dim")),
-        one_of("blend", header.get("blend"), BLENDS), background(header.get("background"), channels),
-        header.get("height"), header.get("width")))
+    values |= {name: values[name][:, 0] for name in ("rotations", "opacity_logits")}
+    look = {name: header.get(name) for name in ("x_dim", "y_dim", "blend", "background", "height", "width")}
+    tensors = activated({name: torch.from_numpy(value) for name, value in values.items()})
+    return checked_record(SceneRecord(**tensors, **look))

@@ -11,8 +11,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from .scene_glsl import EPSILON, KAPPA, MOST_OPAQUE, in_units, rgb_of
-from .scene_record import SceneRecord
+from .scene_glsl import in_units, rgb_of
+from .scene_record import EPSILON, KAPPA, MOST_OPAQUE, SceneRecord
 
 # %% ../../nbs/workshop/scene_svg.ipynb #stops-code
 STOPS, MOST = 12, 20_000  # stops of a gradient; Gaussians in a file

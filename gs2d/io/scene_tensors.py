@@ -12,7 +12,7 @@ from safetensors.torch import save as safetensors_bytes
 from ..checks import shown
 from .checkpoints import FORMAT as CHECKPOINT
 from .checkpoints import opened
-from .scene_record import FORMAT, PARAMETERS, SceneRecord, look_of, parameters_of, parsed, record_with
+from .scene_record import FORMAT, PARAMETERS, SceneRecord, activated, look_of, parameters_of, parsed, record_with
 
 # %% ../../nbs/workshop/scene_tensors.ipynb #write-code
 def to_safetensors(record: SceneRecord) -> bytes:
@@ -33,6 +33,4 @@ def from_safetensors(data: bytes) -> SceneRecord:
     for name, tensor in tensors.items():
         if tensor.dtype != torch.float32:
             raise ValueError(f"{name}: expected 32-bit numbers, got {tensor.dtype}")
-    means, log_scales, rotations, logits, colors = (tensors[name].double() for name in PARAMETERS)
-    return record_with(metadata[FORMAT], means=means, scales=log_scales.exp(), rotations=rotations, colors=colors,
-                       opacities=logits.sigmoid(), log_scales=log_scales, opacity_logits=logits)
+    return record_with(metadata[FORMAT], **activated(tensors))
