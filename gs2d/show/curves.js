@@ -18,14 +18,6 @@ const WHOLE = [0, 1, 2, 3, 4, 5, 6, 7].flatMap((power) => [1, 2, 5].map((digit) 
 const DIGITS = [[1], [1, 3], [1, 2, 5], [1, 1.5, 2, 3, 4, 5, 7], [1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 9]];
 const ROWS = 5, LEFT = 46, RIGHT = 44; // rows of a table, pixels beside a chart
 
-function make(tag, options = {}, ...children) {
-  const { className = "", ...others } = options;
-  const element = Object.assign(document.createElement(tag), others);
-  element.className = className;
-  element.append(...children);
-  return element;
-}
-
 function floats(view) {
   return view?.byteLength ? new Float32Array(view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength)) : [];
 }

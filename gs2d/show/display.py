@@ -11,19 +11,15 @@ __all__ = ['COMPARE', 'PictureView', 'CurvesView', 'draw_svg']
 import base64
 import html
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.resources import files
 
 import anywidget
 import numpy as np
 import traitlets as t
 
 from ..checks import one_of
+from ..io.pages import script_text
+from .still import figure, in_a_row
 from .views import LEGENDS, View
-
-# %% ../../nbs/workshop/display.ipynb #assets
-def _asset(*names: str) -> str:
-    "Files of this folder, one after the other."
-    return "\n".join(files("gs2d.show").joinpath(name).read_text(encoding="utf-8") for name in names)
 
 # %% ../../nbs/workshop/display.ipynb #picture-class
 _SHOWN = {view.value: view.label for view in View if view is not View.SIDE_BY_SIDE}  # name -> for people
@@ -42,7 +38,7 @@ class PictureView(anywidget.AnyWidget):
     Hover and click ask for the Gaussian at that point: see `on_point`.
     """
 
-    _esm, _css = _asset("picture.js"), _asset("live.css")
+    _esm, _css = script_text("make.js", "picture.js"), script_text("live.css")
     view = t.Unicode(View.RENDER.value).tag(sync=True)  # which picture is the large one
     compare = t.Unicode(COMPARE[0]).tag(sync=True)  # with the target, and how
     description = _no_echo(t.Unicode, "a training run")  # for who cannot see it: step and score, say
@@ -109,7 +105,7 @@ class PictureView(anywidget.AnyWidget):
         "The pictures of now as HTML that needs no widget."
         frames = {name: getattr(self, f"{name}_frame") for name in (*self.needed, "target")}
         figures = (_figure(name, data, self.description) for name, data in frames.items() if data)
-        return f'<div style="display: flex; flex-wrap: wrap; gap: 14px">{"".join(figures)}</div>'
+        return in_a_row(*figures)
 
     def close(self) -> None:
         "Take it out of the page, with the layout that was made for it."
@@ -132,11 +128,8 @@ class PictureView(anywidget.AnyWidget):
 def _figure(name: str, data: bytes, description: str) -> str:
     "A picture under which stands its name."
     kind = "png" if data.startswith(b"\x89PNG") else "jpeg"
-    about = html.escape("the picture to reach" if name == "target" else description)
     source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-    picture = f'<img alt="{_SHOWN[name]}: {about}" src="{source}" style="max-width: 100%">'
-    style = "margin: 0; flex: 0 1 384px; min-width: 0"
-    return f'<figure style="{style}">{picture}<figcaption>{_SHOWN[name]}</figcaption></figure>'
+    return figure(_SHOWN[name], source, "the picture to reach" if name == "target" else description)
 
 # %% ../../nbs/workshop/display.ipynb #curves-table
 _COLUMNS = ("step", "loss", "psnr", "lr", "n_gaussians")
@@ -165,7 +158,7 @@ def _says(table: np.ndarray) -> str:
 class CurvesView(anywidget.AnyWidget):
     "Loss, PSNR, learning rate and number of Gaussians: values under the pointer, the run before as a ghost."
 
-    _esm, _css = _asset("uplot.js", "curves.js"), _asset("uplot.css", "live.css")
+    _esm, _css = script_text("uplot.js", "make.js", "curves.js"), script_text("uplot.css", "live.css")
     log = t.Bool(True).tag(sync=True)  # the loss on a logarithmic axis
     description = _no_echo(t.Unicode, "No steps yet")  # the curves in words
     run, ghost, growth = (_no_echo(t.Bytes, b"") for _ in range(3))  # float32

@@ -10,7 +10,6 @@ __all__ = ['Layout', 'draw_frame', 'VideoRecorder', 'assemble_video', 'film', 'r
 # drawn by gs2d.show.views, and written by gs2d.io.containers. A film has no sound.
 import base64
 import html
-import io
 import math
 import os
 from collections.abc import Iterable, Iterator
@@ -24,6 +23,7 @@ from PIL import Image
 
 from ..checks import member, whole
 from ..io.containers import FrameWriter, as_frame, last_frame, saved_frames
+from ..io.pictures import jpeg_url
 from ..loss import psnr
 from ..renderer import render
 from .views import View, add_strips, draw_view
@@ -210,14 +210,6 @@ class _Player:
     def __repr__(self) -> str:
         return f"a player for {self.name}"
 
-# %% ../../nbs/07_video.ipynb #beat6-still
-def _still(frame: np.ndarray, longest: int = 240) -> str:
-    "A small JPEG of a frame, as text that HTML can hold."
-    buffer, image = io.BytesIO(), Image.fromarray(frame)
-    image.thumbnail((longest, longest))
-    image.save(buffer, "JPEG", quality=75)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
 # %% ../../nbs/07_video.ipynb #beat6-play-real
 def play(
     path: str | os.PathLike,  # .webm, .mp4 or .gif, in or under the notebook's folder unless it is embedded
@@ -239,5 +231,6 @@ def play(
     name, width = html.escape(path.name), width or last.shape[1]
     if kind == "image/gif":
         return _Player(f'<img src="{source}" width="{width}" alt="{name}">', path.name)
-    about = f'poster="{_still(last)}" width="{width}" title="{name}"'
+    still = jpeg_url(Image.fromarray(last), 240, quality=75)
+    about = f'poster="{still}" width="{width}" title="{name}"'
     return _Player(f'<video src="{source}" {about} controls loop muted></video>', path.name)

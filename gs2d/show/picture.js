@@ -4,14 +4,6 @@
 const CARD_PAUSE = 60; // milliseconds from one question for a Gaussian to the next, at least
 const LARGEST_PIXEL = 48; // on the screen, for one pixel of the picture: no zoom goes farther
 
-function make(tag, options = {}, ...children) {
-  const { className = "", ...others } = options;
-  const element = Object.assign(document.createElement(tag), others);
-  element.className = className;
-  element.append(...children);
-  return element;
-}
-
 const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
 
 function render({ model, el }) {
