@@ -15,6 +15,7 @@ import math
 import os
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -244,7 +245,8 @@ class Gaussians2D(nn.Module):
     ) -> Page:
         "The scene to look around in: zoom, pan, point at a Gaussian. At the end of a cell it shows itself."
         size = (None, None) if target is None else target.shape[:2]
-        return Page(page_bytes(recording_of(record_of(self, *size), target)), height, still=_still(self))
+        still = partial(_still, self.clone())  # drawn only where it is shown
+        return Page(page_bytes(recording_of(record_of(self, *size), target)), height, still=still)
 
     def _repr_png_(self) -> bytes:
         "The picture that Jupyter shows: the scene at thumbnail size, and its outlines."

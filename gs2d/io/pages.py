@@ -17,6 +17,7 @@ import math
 import os
 import re
 import zlib
+from collections.abc import Callable
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -128,7 +129,7 @@ class Page:
         data: bytes,  # HTML, as `page_bytes` gives it
         height: int = 560,  # of the frame, CSS pixels
         label: str = "A scene of Gaussians to look around in",  # of the frame, for those who cannot see it
-        still: Tensor | None = None,  # (H, W, C) where frames are not shown, as in untrusted notebooks
+        still: Callable[[], Tensor] | None = None,  # (H, W, C) where frames are not shown, as in untrusted notebooks
     ):
         self.data, self.height, self.label, self.still = data, whole("height", height), label, still
 
@@ -141,7 +142,7 @@ class Page:
         look = f'width="100%" height="{self.height}" loading="lazy" sandbox="allow-scripts"'
         if self.still is None:
             return f'<iframe title="{title}" {look} style="border: 0" srcdoc="{inside}"></iframe>'
-        behind = f'<img alt="{title}, as a still picture" src="{_as_url(self.still, _STILL_SIDE)}"'
+        behind = f'<img alt="{title}, as a still picture" src="{_as_url(self.still(), _STILL_SIDE)}"'
         return (f'<div style="position: relative">{behind} style="height: {self.height}px; max-width: 100%">'
                 f'<iframe title="{title}" {look} style="border: 0; position: absolute; inset: 0" srcdoc="{inside}">'
                 "</iframe></div>")

@@ -145,7 +145,7 @@ class Recorder:
         recording = self.recording()
         with torch.no_grad():
             still = viewable(render(self._trainer.scene, recording.height, recording.width))
-        return Page(page_bytes(recording), height, "The training of a scene, to play", still)
+        return Page(page_bytes(recording), height, "The training of a scene, to play", lambda: still)
 
     def _repr_html_(self) -> str | None:
         return self.show()._repr_html_() if len(self) else None
